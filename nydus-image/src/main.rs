@@ -1,0 +1,2 @@
+//! nydus-image
+fn main() {}

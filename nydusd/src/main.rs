@@ -1,0 +1,2 @@
+//! nydusd
+fn main() {}

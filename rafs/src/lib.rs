@@ -1,0 +1,11 @@
+//! The bootstrap of an image: reading, checking, building and merging RAFS v6 metadata.
+//!
+//! * [`tree`]: an image in memory, to build or merge.
+//!
+//! Reading: bytes → `image` (checked superblock and tables) → `fs` (lookup,
+//! readdir, attributes, file range → `extents`). Writing: [`tree`] →
+//! `writer` → bytes. The raw structures of both are in `format`.
+//! The format itself: `docs/format.md`.
+#![forbid(unsafe_code)]
+
+pub mod tree;

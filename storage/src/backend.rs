@@ -1,0 +1,178 @@
+//! Where the compressed bytes of blobs come from: the one dynamic seam of the data path.
+//!
+//! An implementation hides everything about its source: credentials, redirects,
+//! retries, timeouts. It promises complete answers: [`Backend::fetch`] either
+//! delivers every byte of the range in order, or fails.
+
+use std::fmt;
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::blob_id::BlobId;
+
+/// Why bytes are wanted; on-demand requests overtake prefetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Speculative or background reading.
+    Prefetch,
+    /// A reader waits.
+    OnDemand,
+}
+
+/// One ranged request for the compressed bytes of a blob.
+#[derive(Clone, Debug)]
+pub struct Fetch<'a> {
+    /// The blob, named as the backend stores it.
+    pub blob: &'a BlobId,
+    /// Bytes of the stored (compressed) blob; never empty.
+    pub range: Range<u64>,
+    /// Why they are wanted.
+    pub priority: Priority,
+}
+
+/// Receives the bytes of a fetch in order; an error ends the fetch early with
+/// [`BackendError::Stopped`].
+pub type Sink<'a> = dyn FnMut(&[u8]) -> Result<(), Stop> + 'a;
+
+/// The receiver wants no more bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop;
+
+/// A source of blobs. Methods block and may be called from many threads.
+pub trait Backend: Send + Sync + fmt::Debug {
+    /// Delivers exactly the bytes of `request.range`, in order, in pieces of any size.
+    ///
+    /// Retries what may pass; resumes a broken transfer where it broke, so that
+    /// `sink` never sees a byte twice.
+    ///
+    /// # Errors
+    /// See [`BackendError`]; bytes delivered before an error are valid but incomplete.
+    fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError>;
+
+    /// Length of the stored blob, in bytes.
+    ///
+    /// # Errors
+    /// As for [`Backend::fetch`].
+    fn size(&self, blob: &BlobId) -> Result<u64, BackendError>;
+}
+
+/// Collects a whole range into memory.
+///
+/// # Errors
+/// As for [`Backend::fetch`]. A range longer than `limit` bytes is refused
+/// before anything is allocated.
+pub fn fetch_to_vec(
+    backend: &dyn Backend,
+    request: &Fetch<'_>,
+    limit: u64,
+) -> Result<Vec<u8>, BackendError> {
+    let len = request.range.end.saturating_sub(request.range.start);
+    let capacity = usize::try_from(len)
+        .ok()
+        .filter(|_| len <= limit)
+        .ok_or_else(|| BackendError::TooLarge {
+            blob: request.blob.clone(),
+            len,
+            limit,
+        })?;
+    let mut bytes = Vec::with_capacity(capacity);
+    backend.fetch(request, &mut |piece| {
+        bytes.extend_from_slice(piece);
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+/// Why a backend could not deliver. The text names the file or URL, the range and the cause.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// A file of a local backend could not be read.
+    #[error("{path}: reading {len} bytes at {offset}")]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Position of the read.
+        offset: u64,
+        /// Length of the read.
+        len: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The blob ends before the range does.
+    #[error("{name}: wanted {len} bytes at {offset}, got only {got}")]
+    Short {
+        /// File or URL, without credentials.
+        name: String,
+        /// Position of the read.
+        offset: u64,
+        /// Length of the read.
+        len: u64,
+        /// Bytes delivered.
+        got: u64,
+    },
+    /// The server answered with a status that is no answer to the request.
+    #[error("{url}: server answered {status}{detail}")]
+    Status {
+        /// URL without credentials or query.
+        url: String,
+        /// HTTP status code.
+        status: u16,
+        /// A short excerpt of the answer, starting with ": ", or empty.
+        detail: String,
+    },
+    /// The server answered 206 with a range that was not asked for.
+    #[error("{url}: asked for bytes {asked:?}, server sent {sent}")]
+    WrongRange {
+        /// URL without credentials or query.
+        url: String,
+        /// The range of the request.
+        asked: Range<u64>,
+        /// What the answer's headers say.
+        sent: String,
+    },
+    /// Credentials were refused, or a token could not be had.
+    #[error("{url}: not authorised: {reason}")]
+    Auth {
+        /// URL without credentials or query.
+        url: String,
+        /// What is wrong and what to try.
+        reason: String,
+    },
+    /// The connection failed, broke or timed out.
+    #[error("{url}: {action}")]
+    Transport {
+        /// URL without credentials or query.
+        url: String,
+        /// What was being done.
+        action: &'static str,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// All attempts failed; the last error is the source.
+    #[error("gave up after {attempts} attempts in {elapsed:?}")]
+    GaveUp {
+        /// Requests made.
+        attempts: u32,
+        /// Time spent.
+        elapsed: Duration,
+        /// The last failure.
+        source: Box<BackendError>,
+    },
+    /// More bytes were asked for than the caller allows in memory.
+    #[error("blob {blob}: {len} bytes wanted at once, limit is {limit}")]
+    TooLarge {
+        /// The blob.
+        blob: BlobId,
+        /// Length of the range.
+        len: u64,
+        /// The caller's limit.
+        limit: u64,
+    },
+    /// The sink asked to stop.
+    #[error("stopped by the receiver")]
+    Stopped,
+    /// The backend's own set-up is wrong.
+    #[error("backend configuration: {0}")]
+    Config(String),
+}

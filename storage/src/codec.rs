@@ -1,0 +1,2 @@
+//! Compression and decompression of chunks and tables.
+#![forbid(unsafe_code)]

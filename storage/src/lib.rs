@@ -1,0 +1,29 @@
+//! Blobs: how their bytes are stored, fetched, decoded, verified and cached.
+//!
+//! The flow of one read, top to bottom:
+//!
+//! 1. a front end asks [`blob::Blob`] to make a range of the blob's
+//!    *uncompressed address space* resident;
+//! 2. [`ready_map`] tells which chunks of it are in the local cache file already;
+//! 3. [`fill`] fetches the missing ones, one fetch per chunk however many
+//!    readers wait, through a [`backend`];
+//! 4. [`codec`] decodes and [`digest`] verifies every chunk;
+//! 5. [`cache`] holds the file that front ends read from.
+//!
+//! The container format of a blob file (chunk tables, TOC, tar headers) is in
+//! [`format`]; it is shared with the builder.
+
+pub mod algorithm;
+pub mod backend;
+pub mod blob_id;
+pub mod blob_info;
+pub mod chunk;
+pub mod codec;
+pub mod digest;
+pub mod units;
+
+pub use algorithm::{Compressor, Digester};
+pub use blob_id::BlobId;
+pub use blob_info::{BlobFeatures, BlobInfo};
+pub use digest::Digest;
+pub use units::{BlobIndex, BlobOffset, ChunkIndex, PlainOffset};
