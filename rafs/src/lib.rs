@@ -8,4 +8,12 @@
 //! The format itself: `docs/format.md`.
 #![forbid(unsafe_code)]
 
+pub mod error;
+pub mod extents;
+pub mod format;
+pub mod from_image;
+pub mod fs;
+pub mod image;
+pub mod merge;
 pub mod tree;
+pub mod writer;

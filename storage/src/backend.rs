@@ -4,6 +4,9 @@
 //! retries, timeouts. It promises complete answers: [`Backend::fetch`] either
 //! delivers every byte of the range in order, or fails.
 
+pub mod local;
+pub mod registry;
+
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;

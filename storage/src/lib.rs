@@ -15,11 +15,22 @@
 
 pub mod algorithm;
 pub mod backend;
+pub mod blob;
 pub mod blob_id;
 pub mod blob_info;
+pub mod blob_writer;
+pub mod cache;
 pub mod chunk;
 pub mod codec;
 pub mod digest;
+pub mod error;
+pub mod fill;
+pub mod format;
+pub mod mapped;
+pub mod metrics;
+pub mod oci;
+pub mod ready_map;
+pub mod sync;
 pub mod units;
 
 pub use algorithm::{Compressor, Digester};

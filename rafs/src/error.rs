@@ -1,0 +1,1 @@
+//! Why a bootstrap could not be read or written.

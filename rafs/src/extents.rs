@@ -1,0 +1,1 @@
+//! File ranges to chunks: pure arithmetic over chunk indexes.

@@ -1,0 +1,1 @@
+//! The file-system view: lookup, readdir, attributes, extents.

@@ -1,0 +1,1 @@
+//! A bootstrap's bytes, checked.

@@ -1,0 +1,1 @@
+//! A tree into the bytes of a bootstrap.

@@ -1,0 +1,1 @@
+//! Blobs in an OCI registry: ranged GETs, authentication, retries.

@@ -1,0 +1,1 @@
+//! One blob of an image: serve from the cache, fill on demand.

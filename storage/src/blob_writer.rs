@@ -1,0 +1,1 @@
+//! Writes one blob file front to back: chunk data, tables, tar headers.

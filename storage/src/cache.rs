@@ -1,0 +1,1 @@
+//! The cache directory and the files of one blob in it.

@@ -1,0 +1,1 @@
+//! Why bytes of a blob could not be served.

@@ -1,0 +1,1 @@
+//! Single-flight filling of missing chunks.

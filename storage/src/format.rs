@@ -1,0 +1,1 @@
+//! The container format of a blob file, shared by reader and builder.

@@ -1,0 +1,1 @@
+//! Read-only memory maps, the only place that creates them.

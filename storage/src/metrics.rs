@@ -1,0 +1,1 @@
+//! Names, units and meaning of every counter of the data path.

@@ -1,0 +1,1 @@
+//! Images by reference: registries and OCI layouts.

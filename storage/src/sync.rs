@@ -1,0 +1,1 @@
+//! Locks and atomics, from std or from loom.
