@@ -14,6 +14,8 @@
 //! [`stored_table`](super::stored_table).
 
 mod builder;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
