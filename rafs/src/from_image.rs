@@ -1,1 +1,1 @@
-//! A bootstrap back into a tree, to merge or rebuild it.
+//! todo

@@ -1,1 +1,1 @@
-//! Layers into one tree, with whiteouts.
+//! todo
