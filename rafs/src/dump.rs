@@ -8,7 +8,8 @@
 //! /f -0644 links=2 owner=1000:100 time=1700000000.000000123 nid=136 size=5000 chunks=0:0+4096,0:1+904
 //! ```
 //!
-//! The text is not a stable format.
+//! The chunks of a hard link are shown with its first name only. The text is
+//! not a stable format.
 
 use std::fmt::Write as _;
 use std::ops::ControlFlow;
@@ -17,15 +18,16 @@ use crate::error::{Error, corrupt};
 use crate::fs::Inode;
 use crate::image::Image;
 use crate::units::{FileKind, MAX_DEPTH, Nid};
+use crate::visited::Visited;
 
 /// All names of `image`, one per line, the root first.
 ///
 /// # Errors
-/// The first [`Error`] met. An image that contains itself is cut by the limit
-/// of depth; call [`Image::verify_tree`] first for an image from elsewhere.
+/// The first [`Error`] met.
 pub fn dump(image: &Image) -> Result<String, Error> {
     let mut out = String::new();
-    line(image, b"/", image.root(), &mut out)?;
+    let mut visited = Visited::new(image);
+    line(image, b"/", image.root(), &mut visited, &mut out)?;
     let mut pending = vec![(Vec::new(), image.root(), 0_u32)];
     while let Some((path, dir, depth)) = pending.pop() {
         if depth > MAX_DEPTH {
@@ -41,7 +43,7 @@ pub fn dump(image: &Image) -> Result<String, Error> {
         let mut subdirectories = Vec::new();
         for entry in entries {
             let path = [&path[..], b"/", entry.name].concat();
-            line(image, &path, entry.nid, &mut out)?;
+            line(image, &path, entry.nid, &mut visited, &mut out)?;
             if entry.kind == FileKind::Directory {
                 subdirectories.push((path, entry.nid, depth + 1));
             }
@@ -51,11 +53,22 @@ pub fn dump(image: &Image) -> Result<String, Error> {
     Ok(out)
 }
 
-fn line(image: &Image, path: &[u8], nid: Nid, out: &mut String) -> Result<(), Error> {
+fn line(
+    image: &Image,
+    path: &[u8],
+    nid: Nid,
+    visited: &mut Visited,
+    out: &mut String,
+) -> Result<(), Error> {
     let inode = image.inode(nid)?;
+    let details = if visited.first(&inode)? {
+        content(image, &inode)? + &xattrs(image, nid)?
+    } else {
+        String::new()
+    };
     let attr = inode.attr();
     let text = format!(
-        "{} {}{:04o} links={} owner={}:{} time={}.{:09} nid={}{}{}\n",
+        "{} {}{:04o} links={} owner={}:{} time={}.{:09} nid={}{}\n",
         path.escape_ascii(),
         letter(inode.kind()),
         attr.permissions,
@@ -65,8 +78,7 @@ fn line(image: &Image, path: &[u8], nid: Nid, out: &mut String) -> Result<(), Er
         attr.mtime,
         attr.mtime_nsec,
         nid,
-        content(image, &inode)?,
-        xattrs(image, nid)?,
+        details,
     );
     out.push_str(&text);
     Ok(())

@@ -2,16 +2,18 @@
 //!
 //! The walk goes directory by directory without recursion. An image that
 //! contains itself is refused: a directory is entered once, and nesting is
-//! limited to [`MAX_DEPTH`]. Memory is bounded by the length of the bootstrap:
-//! every inode of the tree stands for an inode or a directory entry of it.
+//! limited to [`MAX_DEPTH`]. Time and memory are bounded by the length of the
+//! bootstrap, see [`visited`](crate::visited).
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 
 use crate::error::{Error, corrupt};
+use crate::fs::Inode;
 use crate::image::Image;
-use crate::tree::{ChunkId, Content, Inode, InodeId, Tree, Xattrs};
+use crate::tree::{self, ChunkId, Content, InodeId, Tree, Xattrs};
 use crate::units::{FileKind, MAX_DEPTH, Nid, is_valid_name};
+use crate::visited::Visited;
 
 impl Tree {
     /// Reads all metadata of `image`.
@@ -28,8 +30,11 @@ impl Tree {
         tree.blobs = image.blobs().to_vec();
         let root_id = tree.root();
         tree.inode_mut(root_id).xattrs = xattrs(image, image.root())?;
+        let mut visited = Visited::new(image);
+        visited.first(&root)?;
         let mut loader = Loader {
             image,
+            visited,
             tree,
             inodes: HashMap::from([(image.root(), root_id)]),
             chunks: vec![None; image.chunk_record_count()],
@@ -50,6 +55,7 @@ impl Tree {
 struct Loader<'a> {
     image: &'a Image,
     tree: Tree,
+    visited: Visited,
     /// What was read already.
     inodes: HashMap<Nid, InodeId>,
     /// Chunks of the tree by position in the chunk table.
@@ -84,20 +90,14 @@ impl Loader<'_> {
         name: &[u8],
         nid: Nid,
     ) -> Result<Option<(Nid, InodeId)>, Error> {
-        let known = self.inodes.get(&nid).copied();
-        let id = match known {
-            Some(id) => id,
-            None => self.load(nid)?,
+        let inode = self.image.inode(nid)?;
+        let is_directory = inode.kind() == FileKind::Directory;
+        // Fails for a directory that was met before.
+        let is_new = self.visited.first(&inode)?;
+        let id = match self.inodes.get(&nid) {
+            Some(&id) if !is_new => id,
+            _ => self.load(&inode)?,
         };
-        let is_directory = self.tree.inode(id).entries().is_some();
-        if known.is_some() && is_directory {
-            return Err(corrupt(
-                "directory entry",
-                self.image.inode_offset(nid)?,
-                nid.get(),
-                "a directory that no other entry leads to",
-            ));
-        }
         let duplicate = match self.tree.link(dir, name, id) {
             Ok(previous) => previous.is_some(),
             Err(_) => !is_valid_name(name),
@@ -113,8 +113,8 @@ impl Loader<'_> {
         Ok(is_directory.then_some((nid, id)))
     }
 
-    fn load(&mut self, nid: Nid) -> Result<InodeId, Error> {
-        let inode = self.image.inode(nid)?;
+    fn load(&mut self, inode: &Inode) -> Result<InodeId, Error> {
+        let nid = inode.nid();
         let content = match inode.kind() {
             FileKind::Directory => Content::directory(),
             FileKind::File => Content::File {
@@ -127,7 +127,7 @@ impl Loader<'_> {
             FileKind::Fifo => Content::Fifo,
             FileKind::Socket => Content::Socket,
         };
-        let id = self.tree.add_inode(Inode {
+        let id = self.tree.add_inode(tree::Inode {
             attr: inode.attr(),
             xattrs: xattrs(self.image, nid)?,
             content,

@@ -7,7 +7,6 @@
 //!
 //! Rules: `docs/format.md`, "What a reader rejects".
 
-use std::collections::HashSet;
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Found, corrupt};
@@ -15,6 +14,7 @@ use crate::from_image::missing_record;
 use crate::fs::{DirEntry, Inode, Layout};
 use crate::image::Image;
 use crate::units::{BLOCK, FileKind, MAX_DEPTH, Nid, is_valid_name};
+use crate::visited::Visited;
 
 /// What an image holds, counted while it was verified.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +39,20 @@ impl Summary {
     pub fn names(&self) -> u64 {
         self.directories + self.files + self.symlinks + self.specials
     }
+
+    /// Counts an inode that is no directory.
+    fn count(&mut self, inode: &Inode, chunk_size: u32) {
+        match inode.kind() {
+            FileKind::File => {
+                self.files += 1;
+                self.bytes = self.bytes.saturating_add(inode.size());
+                let chunks = inode.size().div_ceil(chunk_size.into());
+                self.chunks = self.chunks.saturating_add(chunks);
+            }
+            FileKind::Symlink => self.symlinks += 1,
+            _ => self.specials += 1,
+        }
+    }
 }
 
 /// A directory that is still to be verified.
@@ -58,7 +72,7 @@ impl Image {
     /// The first [`Error`] met.
     pub fn verify_tree(&self) -> Result<Summary, Error> {
         let mut summary = Summary::default();
-        let mut seen = HashSet::from([self.root()]);
+        let mut visited = Visited::new(self);
         let root = self.root();
         let mut pending = vec![Pending {
             nid: root,
@@ -73,15 +87,7 @@ impl Image {
                 return Err(corrupt("directory depth", 0, dir.depth, "at most 4096"));
             }
             summary.directories += 1;
-            for nid in self.verify_directory(&dir, &mut summary)? {
-                if !seen.insert(nid) {
-                    return Err(corrupt(
-                        "directory entry",
-                        self.inode_offset(nid)?,
-                        nid.get(),
-                        "a directory that no other entry leads to",
-                    ));
-                }
+            for nid in self.verify_directory(&dir, &mut visited, &mut summary)? {
                 pending.push(Pending {
                     nid,
                     parent: dir.nid,
@@ -93,8 +99,14 @@ impl Image {
     }
 
     /// Checks a directory and everything in it but subdirectories, which it returns.
-    fn verify_directory(&self, dir: &Pending, summary: &mut Summary) -> Result<Vec<Nid>, Error> {
+    fn verify_directory(
+        &self,
+        dir: &Pending,
+        visited: &mut Visited,
+        summary: &mut Summary,
+    ) -> Result<Vec<Nid>, Error> {
         let inode = self.directory(dir.nid)?;
+        visited.first(&inode)?;
         self.verify_common(&inode)?;
         let mut listing = Listing {
             image: self,
@@ -106,7 +118,7 @@ impl Image {
         };
         let mut result = Ok(());
         self.readdir(dir.nid, 0, |entry| {
-            result = listing.entry(&entry, summary);
+            result = listing.entry(&entry, visited, summary);
             match result {
                 Ok(()) => ControlFlow::Continue(()),
                 Err(_) => ControlFlow::Break(()),
@@ -152,12 +164,11 @@ impl Image {
         Ok(())
     }
 
-    /// Checks an inode that is no directory, and counts it.
-    fn verify_leaf(&self, inode: &Inode, summary: &mut Summary) -> Result<(), Error> {
+    /// Checks an inode that is no directory.
+    fn verify_leaf(&self, inode: &Inode) -> Result<(), Error> {
         self.verify_common(inode)?;
         match inode.kind() {
             FileKind::Symlink => {
-                summary.symlinks += 1;
                 let target = self.readlink(inode.nid())?;
                 if target.contains(&0) {
                     return Err(corrupt(
@@ -168,21 +179,16 @@ impl Image {
                     ));
                 }
             }
-            FileKind::File => {
-                summary.files += 1;
-                summary.bytes = summary.bytes.saturating_add(inode.size());
-                self.verify_chunks(inode, summary)?;
-            }
-            _ => summary.specials += 1,
+            FileKind::File => self.verify_chunks(inode)?,
+            _ => {}
         }
         Ok(())
     }
 
     /// Every chunk of a file must have its record.
-    fn verify_chunks(&self, inode: &Inode, summary: &mut Summary) -> Result<(), Error> {
+    fn verify_chunks(&self, inode: &Inode) -> Result<(), Error> {
         for extent in self.extents(inode.nid(), 0..inode.size()) {
             let extent = extent?;
-            summary.chunks += 1;
             let missing = || missing_record(self, inode.nid(), extent.chunk.get());
             let position = self
                 .chunk_position(extent.blob, extent.chunk)
@@ -210,7 +216,12 @@ struct Listing<'a> {
 }
 
 impl<'a> Listing<'a> {
-    fn entry(&mut self, entry: &DirEntry<'a>, summary: &mut Summary) -> Result<(), Error> {
+    fn entry(
+        &mut self,
+        entry: &DirEntry<'a>,
+        visited: &mut Visited,
+        summary: &mut Summary,
+    ) -> Result<(), Error> {
         let bad = |expected| {
             corrupt(
                 "directory entry",
@@ -247,6 +258,12 @@ impl<'a> Listing<'a> {
             self.subdirectories.push(entry.nid);
             return Ok(());
         }
-        self.image.verify_leaf(&inode, summary)
+        summary.count(&inode, self.image.chunk_size());
+        // Another name of a hard link has nothing new.
+        if visited.first(&inode)? {
+            self.image.verify_leaf(&inode)
+        } else {
+            Ok(())
+        }
     }
 }
