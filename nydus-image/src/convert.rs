@@ -14,14 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use clap::Args as ClapArgs;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use indicatif::HumanBytes;
-use storage::oci::{
-    Access, BlobSource, ContentDigest, Descriptor, ImageRef, Images, Platform,
-};
+use storage::oci::{Access, BlobSource, ContentDigest, Descriptor, ImageRef, Images, Platform};
 use storage::{Compressor, Digester};
 
 use crate::build::BuildOptions;
@@ -70,7 +68,12 @@ pub struct Args {
 
     /// Platforms to convert, as os/architecture[/variant]; repeat or separate by commas
     /// [default: all]
-    #[arg(long, value_name = "platform", value_delimiter = ',', help_heading = "Input")]
+    #[arg(
+        long,
+        value_name = "platform",
+        value_delimiter = ',',
+        help_heading = "Input"
+    )]
     platform: Vec<Platform>,
 
     /// Speak plain HTTP to registries on other machines too
@@ -78,11 +81,21 @@ pub struct Args {
     plain_http: bool,
 
     /// How chunks are compressed: none, lz4_block or zstd
-    #[arg(long, value_name = "compressor", default_value = "zstd", help_heading = "Format")]
+    #[arg(
+        long,
+        value_name = "compressor",
+        default_value = "zstd",
+        help_heading = "Format"
+    )]
     compressor: Compressor,
 
     /// How chunks are identified and verified: blake3 or sha256
-    #[arg(long, value_name = "digester", default_value = "blake3", help_heading = "Format")]
+    #[arg(
+        long,
+        value_name = "digester",
+        default_value = "blake3",
+        help_heading = "Format"
+    )]
     digester: Digester,
 
     /// Largest chunk in bytes: a power of two from 0x1000 to 0x1000000
@@ -147,7 +160,8 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn parse_reference(text: &str) -> Result<ImageRef, UsageError> {
-    text.parse().map_err(|error: storage::oci::OciError| UsageError(error.to_string()))
+    text.parse()
+        .map_err(|error: storage::oci::OciError| UsageError(error.to_string()))
 }
 
 fn check_references(source: &ImageRef, target: &ImageRef) -> Result<(), UsageError> {
@@ -195,7 +209,10 @@ fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
 /// Converts, and returns the line that sums it up.
 async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::Result<String> {
     let start = Instant::now();
-    let access = Access { plain_http: args.plain_http, credentials: None };
+    let access = Access {
+        plain_http: args.plain_http,
+        credentials: None,
+    };
     let from = Images::open(source, &access).await?;
     let plan = Plan::read(&from, source, &args.platform)
         .await
@@ -271,13 +288,19 @@ impl Job {
         jobs: usize,
     ) -> anyhow::Result<Layers> {
         let total = layers.len();
-        let work = layers.into_iter().enumerate().map(|(index, layer)| async move {
-            let digest = layer.descriptor.digest.clone();
-            let done = self.convert_layer((index + 1, total), layer).await;
-            let done = done.with_context(|| format!("cannot convert layer {digest}"))?;
-            anyhow::Ok((digest, done))
-        });
-        stream::iter(work).buffer_unordered(jobs).try_collect().await
+        let work = layers
+            .into_iter()
+            .enumerate()
+            .map(|(index, layer)| async move {
+                let digest = layer.descriptor.digest.clone();
+                let done = self.convert_layer((index + 1, total), layer).await;
+                let done = done.with_context(|| format!("cannot convert layer {digest}"))?;
+                anyhow::Ok((digest, done))
+            });
+        stream::iter(work)
+            .buffer_unordered(jobs)
+            .try_collect()
+            .await
     }
 
     async fn convert_layer(
@@ -285,8 +308,13 @@ impl Job {
         number: (usize, usize),
         source: SourceLayer,
     ) -> anyhow::Result<Done> {
-        let SourceLayer { descriptor, diff_id } = source;
-        let progress = self.progress.layer(number, &descriptor.digest, descriptor.size);
+        let SourceLayer {
+            descriptor,
+            diff_id,
+        } = source;
+        let progress = self
+            .progress
+            .layer(number, &descriptor.digest, descriptor.size);
         let reader = self.from.blob_stream(&descriptor)?.into_reader();
         let reader = progress.fetching(reader);
         let (engine, options) = (self.engine.clone(), self.options.clone());
@@ -299,9 +327,14 @@ impl Job {
         let blob = manifest::blob_layer(layer.digest.clone(), layer.size);
         // Frees the disk space as soon as the blob is sent.
         let source = BlobSource::File(layer.file.take().context("the blob is gone")?);
-        let sent = self.send(&source, &blob, progress.sending(layer.size)).await?;
+        let sent = self
+            .send(&source, &blob, progress.sending(layer.size))
+            .await?;
         progress.done(layer.size, sent);
-        Ok(Done { layer: Arc::new(layer), sent })
+        Ok(Done {
+            layer: Arc::new(layer),
+            sent,
+        })
     }
 
     /// Sends a blob unless the target has it. Returns whether it was sent.
@@ -366,7 +399,8 @@ impl Job {
         let packed = pack(converted.clone(), self.options.clone(), &self.work_dir).await?;
         let bootstrap =
             manifest::bootstrap_layer(&image.manifest, packed.digest.clone(), packed.size);
-        self.send(&BlobSource::File(packed.file), &bootstrap, silent()).await?;
+        self.send(&BlobSource::File(packed.file), &bootstrap, silent())
+            .await?;
 
         // A blob is not compressed as a whole, so its digest is its diff_id too.
         let mut diff_ids: Vec<_> = converted.iter().map(|layer| layer.digest.clone()).collect();
@@ -379,7 +413,8 @@ impl Job {
         list.push(bootstrap);
         let origin = (&image.entry.digest, name);
         let manifest = manifest::manifest(&image.manifest, &config, list, origin);
-        self.send(&BlobSource::Bytes(config), &manifest.config, silent()).await?;
+        self.send(&BlobSource::Bytes(config), &manifest.config, silent())
+            .await?;
         let bytes = Bytes::from(serde_json::to_vec(&manifest)?);
         let descriptor = Descriptor::of(manifest::media_type(&manifest), &bytes);
         Ok((bytes, descriptor))
@@ -415,7 +450,12 @@ struct Totals {
 
 impl Totals {
     fn of(plan: &Plan, converted: &Layers) -> Self {
-        let mut totals = Self { layers: converted.len(), source: 0, blobs: 0, sent: 0 };
+        let mut totals = Self {
+            layers: converted.len(),
+            source: 0,
+            blobs: 0,
+            sent: 0,
+        };
         for layer in plan.layers().unwrap_or_default() {
             totals.source = totals.source.saturating_add(layer.descriptor.size);
         }

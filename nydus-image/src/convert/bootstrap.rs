@@ -21,7 +21,13 @@ use super::layer::Converted;
 use crate::build::BuildOptions;
 
 /// Attributes of the root of an image without any layer.
-const EMPTY_ROOT: Attr = Attr { permissions: 0o755, uid: 0, gid: 0, mtime: 0, mtime_nsec: 0 };
+const EMPTY_ROOT: Attr = Attr {
+    permissions: 0o755,
+    uid: 0,
+    gid: 0,
+    mtime: 0,
+    mtime_nsec: 0,
+};
 
 /// A bootstrap layer, ready to be sent.
 #[derive(Debug)]
@@ -47,8 +53,10 @@ pub(super) fn merged(layers: &[Arc<Converted>], options: &BuildOptions) -> anyho
         }
     }
     let tree = tree.unwrap_or_else(|| Tree::new(EMPTY_ROOT));
-    let options =
-        WriteOptions { blob_order: BlobOrder::FirstUse, ..options.write_options(&tree) };
+    let options = WriteOptions {
+        blob_order: BlobOrder::FirstUse,
+        ..options.write_options(&tree)
+    };
     write(&tree, &options).context("cannot write the merged bootstrap")
 }
 
@@ -68,7 +76,10 @@ pub(super) fn pack(
         tar.append(&header(name, data, tar::EntryType::Regular, 0o444)?, data)
     };
     let mut write = || -> io::Result<()> {
-        tar.append(&header("image/", &[], tar::EntryType::Directory, 0o755)?, io::empty())?;
+        tar.append(
+            &header("image/", &[], tar::EntryType::Directory, 0o755)?,
+            io::empty(),
+        )?;
         append(&mut tar, "image/image.boot", bootstrap)?;
         let mut done: Vec<&ContentDigest> = Vec::new();
         for layer in layers.iter().filter(|layer| !layer.chunk_table.is_empty()) {
@@ -86,7 +97,12 @@ pub(super) fn pack(
     let (mut stored, digest, size) = gzip.finish().with_context(in_dir)?.finish();
     stored.flush().with_context(in_dir)?;
     drop(stored);
-    Ok(Packed { file: Arc::new(file), size, digest, diff_id })
+    Ok(Packed {
+        file: Arc::new(file),
+        size,
+        digest,
+        diff_id,
+    })
 }
 
 /// A header without owner and time.
@@ -112,7 +128,11 @@ struct Hashing<W> {
 
 impl<W: Write> Hashing<W> {
     fn new(inner: W) -> Self {
-        Self { inner, hasher: Sha256::new(), count: 0 }
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            count: 0,
+        }
     }
 
     fn finish(self) -> (W, ContentDigest, u64) {
@@ -154,7 +174,11 @@ mod tests {
     #[test]
     fn the_archive_is_exactly_what_snapshotters_expect() {
         let dir = tempfile::tempdir().unwrap();
-        let layers = [converted("11", b"one"), converted("22", b""), converted("11", b"one")];
+        let layers = [
+            converted("11", b"one"),
+            converted("22", b""),
+            converted("11", b"one"),
+        ];
         let packed = pack(b"boot", &layers, dir.path()).unwrap();
         let again = pack(b"boot", &layers, dir.path()).unwrap();
         assert_eq!(packed.digest, again.digest);
@@ -167,7 +191,9 @@ mod tests {
         assert_eq!(ContentDigest::of(&stored), packed.digest);
         assert_eq!(stored[3..8], [0; 5], "no name, no time");
         let mut plain = Vec::new();
-        flate2::read::GzDecoder::new(stored.as_slice()).read_to_end(&mut plain).unwrap();
+        flate2::read::GzDecoder::new(stored.as_slice())
+            .read_to_end(&mut plain)
+            .unwrap();
         assert_eq!(ContentDigest::of(&plain), packed.diff_id);
 
         let mut found = Vec::new();
@@ -176,14 +202,31 @@ mod tests {
             let mut data = String::new();
             entry.read_to_string(&mut data).unwrap();
             let header = entry.header();
-            assert_eq!((header.uid().unwrap(), header.gid().unwrap(), header.mtime().unwrap()), (0, 0, 0));
+            assert_eq!(
+                (
+                    header.uid().unwrap(),
+                    header.gid().unwrap(),
+                    header.mtime().unwrap()
+                ),
+                (0, 0, 0)
+            );
             let path = entry.path().unwrap().display().to_string();
-            found.push((path, header.entry_type().is_dir(), header.mode().unwrap(), data));
+            found.push((
+                path,
+                header.entry_type().is_dir(),
+                header.mode().unwrap(),
+                data,
+            ));
         }
         let meta = format!("image/{}.blob.meta", "11".repeat(32));
         let expected = [
             ("image/".to_owned(), true, 0o755, String::new()),
-            ("image/image.boot".to_owned(), false, 0o444, "boot".to_owned()),
+            (
+                "image/image.boot".to_owned(),
+                false,
+                0o444,
+                "boot".to_owned(),
+            ),
             (meta, false, 0o444, "one".to_owned()),
         ];
         assert_eq!(found, expected);

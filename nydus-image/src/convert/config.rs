@@ -28,11 +28,20 @@ impl Config {
     /// Reads a configuration.
     pub(super) fn parse(bytes: &[u8]) -> anyhow::Result<Self> {
         let fields: RawObject = serde_json::from_slice(bytes).context("it is no JSON object")?;
-        let rootfs = fields.get("rootfs").context("it has no rootfs: this is no container image")?;
-        let rootfs: RawObject = serde_json::from_str(rootfs.get()).context("rootfs is no object")?;
-        let diff_ids = rootfs.get("diff_ids").context("it has no rootfs.diff_ids")?;
+        let rootfs = fields
+            .get("rootfs")
+            .context("it has no rootfs: this is no container image")?;
+        let rootfs: RawObject =
+            serde_json::from_str(rootfs.get()).context("rootfs is no object")?;
+        let diff_ids = rootfs
+            .get("diff_ids")
+            .context("it has no rootfs.diff_ids")?;
         let diff_ids = serde_json::from_str(diff_ids.get()).context("rootfs.diff_ids")?;
-        Ok(Self { fields, rootfs, diff_ids })
+        Ok(Self {
+            fields,
+            rootfs,
+            diff_ids,
+        })
     }
 
     /// What the image is for, as far as the configuration says it.
@@ -71,7 +80,10 @@ impl Config {
     /// Refuses a configuration that does not fit a manifest with `layers` layers.
     pub(super) fn check_layers(&self, layers: usize) -> anyhow::Result<()> {
         let listed = self.diff_ids.len();
-        ensure!(listed == layers, "it lists {listed} layers, but the manifest has {layers}");
+        ensure!(
+            listed == layers,
+            "it lists {listed} layers, but the manifest has {layers}"
+        );
         Ok(())
     }
 }
@@ -83,7 +95,11 @@ struct RawObject(Vec<(String, Box<RawValue>)>);
 impl RawObject {
     /// As for every reader of JSON, the last of several fields of one name counts.
     fn get(&self, key: &str) -> Option<&RawValue> {
-        self.0.iter().rev().find(|(name, _)| name == key).map(|(_, value)| &**value)
+        self.0
+            .iter()
+            .rev()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| &**value)
     }
 
     /// Replaces the value in its place, or adds the field at the end.
@@ -167,7 +183,10 @@ mod tests {
     fn a_missing_history_is_begun() {
         for history in ["", r#","history":null"#, r#","history":[]"#] {
             let source = format!(r#"{{"rootfs":{{"type":"layers","diff_ids":[]}}{history}}}"#);
-            let converted = Config::parse(source.as_bytes()).unwrap().converted(&[]).unwrap();
+            let converted = Config::parse(source.as_bytes())
+                .unwrap()
+                .converted(&[])
+                .unwrap();
             let value: serde_json::Value = serde_json::from_slice(&converted).unwrap();
             assert_eq!(value["history"].as_array().unwrap().len(), 1);
         }
@@ -175,7 +194,13 @@ mod tests {
 
     #[test]
     fn what_is_no_configuration_is_refused() {
-        for bad in ["", "[]", "{}", r#"{"rootfs":1}"#, r#"{"rootfs":{"diff_ids":["x"]}}"#] {
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            r#"{"rootfs":1}"#,
+            r#"{"rootfs":{"diff_ids":["x"]}}"#,
+        ] {
             assert!(Config::parse(bad.as_bytes()).is_err(), "{bad}");
         }
     }

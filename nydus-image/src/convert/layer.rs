@@ -60,7 +60,10 @@ pub(super) fn convert(
     let in_dir = || format!("cannot write a temporary file in {}", work_dir.display());
     let file = tempfile::tempfile_in(work_dir).with_context(in_dir)?;
     let (tar, decoder) = Decoder::start(reader, diff_id)?;
-    let archive = Source::Tar { name: format!("layer {source}"), reader: Box::new(tar) };
+    let archive = Source::Tar {
+        name: format!("layer {source}"),
+        reader: Box::new(tar),
+    };
     let mut out = BufWriter::with_capacity(PIECE, &file);
     let built = build_layer(engine, archive, options, &mut out);
     if matches!(built, Err(BuildError::Store(_))) {
@@ -106,12 +109,20 @@ impl Decoder {
         let (sender, receiver) = bounded(PIECES);
         let diff_id = diff_id.clone();
         let stopped = Arc::new(AtomicBool::new(false));
-        let reader = Stoppable { reader, stopped: Arc::clone(&stopped) };
+        let reader = Stoppable {
+            reader,
+            stopped: Arc::clone(&stopped),
+        };
         let thread = std::thread::Builder::new()
             .name("decode".to_owned())
             .spawn(move || decode(reader, &diff_id, &sender))
             .context("cannot start a thread")?;
-        let tar = TarReader { receiver, piece: Vec::new(), position: 0, ended: false };
+        let tar = TarReader {
+            receiver,
+            piece: Vec::new(),
+            position: 0,
+            ended: false,
+        };
         Ok((tar, Self { thread, stopped }))
     }
 
@@ -138,7 +149,11 @@ struct Stoppable<R> {
 
 impl<R: Read> Read for Stoppable<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.stopped.load(Ordering::Relaxed) { Ok(0) } else { self.reader.read(buffer) }
+        if self.stopped.load(Ordering::Relaxed) {
+            Ok(0)
+        } else {
+            self.reader.read(buffer)
+        }
     }
 }
 
@@ -175,7 +190,11 @@ fn decode_all(
     let mut verifier = Verifier::of_any_size("the uncompressed tar (rootfs.diff_ids)", diff_id);
     loop {
         let mut piece = Vec::with_capacity(PIECE);
-        let count = tar.by_ref().take(PIECE as u64).read_to_end(&mut piece).map_err(plain)?;
+        let count = tar
+            .by_ref()
+            .take(PIECE as u64)
+            .read_to_end(&mut piece)
+            .map_err(plain)?;
         *decoded += count as u64;
         if count == 0 {
             break;
@@ -208,7 +227,10 @@ impl<R> Clone for Shared<R> {
 
 impl<R: Read> Read for Shared<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).read(buffer)
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read(buffer)
     }
 }
 
@@ -250,7 +272,10 @@ mod tests {
     fn all_bytes_arrive_and_are_checked() {
         let tar = b"no tar, but bytes ".repeat(100_000);
         let stored = zstd::encode_all(tar.as_slice(), 1).unwrap();
-        for (diff_id, right) in [(ContentDigest::of(&tar), true), (ContentDigest::of(b""), false)] {
+        for (diff_id, right) in [
+            (ContentDigest::of(&tar), true),
+            (ContentDigest::of(b""), false),
+        ] {
             let (mut reader, decoder) =
                 Decoder::start(io::Cursor::new(stored.clone()), &diff_id).unwrap();
             let mut bytes = Vec::new();
@@ -266,7 +291,9 @@ mod tests {
     impl Read for Wrong {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
             match self.0.read(buffer)? {
-                0 => Err(io::Error::other(OciError::NotFound { at: "the digest".to_owned() })),
+                0 => Err(io::Error::other(OciError::NotFound {
+                    at: "the digest".to_owned(),
+                })),
                 count => Ok(count),
             }
         }

@@ -27,7 +27,11 @@ pub(super) fn blob_layer(digest: ContentDigest, size: u64) -> Descriptor {
 
 /// Describes the bootstrap layer of the image converted from `source`.
 pub(super) fn bootstrap_layer(source: &Manifest, digest: ContentDigest, size: u64) -> Descriptor {
-    let media_type = if is_docker(source) { DOCKER_LAYER_GZIP } else { OCI_LAYER_GZIP };
+    let media_type = if is_docker(source) {
+        DOCKER_LAYER_GZIP
+    } else {
+        OCI_LAYER_GZIP
+    };
     let mut layer = Descriptor::new(media_type, digest, size);
     layer.annotate(ANNOTATION_BOOTSTRAP, "true");
     layer.annotate(ANNOTATION_FS_VERSION, FS_VERSION);
@@ -46,33 +50,50 @@ pub(super) fn manifest(
 ) -> Manifest {
     let mut rest = source.rest.clone();
     rest.insert("schemaVersion".to_owned(), Value::from(2));
-    rest.entry("mediaType").or_insert_with(|| Value::from(OCI_MANIFEST));
+    rest.entry("mediaType")
+        .or_insert_with(|| Value::from(OCI_MANIFEST));
     annotate(&mut rest, ANNOTATION_FS_VERSION, FS_VERSION);
     annotate(&mut rest, ANNOTATION_BUILDER_VERSION, version::TAG);
     annotate(&mut rest, ANNOTATION_SOURCE_DIGEST, origin.0.as_str());
     if let Some(reference) = origin.1 {
         annotate(&mut rest, ANNOTATION_SOURCE_REFERENCE, reference);
     }
-    let config = replaced(&source.config, Descriptor::of(&source.config.media_type, config));
-    Manifest { config, layers, rest }
+    let config = replaced(
+        &source.config,
+        Descriptor::of(&source.config.media_type, config),
+    );
+    Manifest {
+        config,
+        layers,
+        rest,
+    }
 }
 
 /// The media type under which `manifest` is stored.
 pub(super) fn media_type(manifest: &Manifest) -> &str {
-    manifest.rest.get("mediaType").and_then(Value::as_str).unwrap_or(OCI_MANIFEST)
+    manifest
+        .rest
+        .get("mediaType")
+        .and_then(Value::as_str)
+        .unwrap_or(OCI_MANIFEST)
 }
 
 /// The entry for a converted manifest, in the place of `source`, its entry in the
 /// source's index.
 pub(super) fn index_entry(source: &Descriptor, converted: Descriptor) -> Descriptor {
     let mut entry = replaced(source, converted);
-    entry.rest.insert("artifactType".to_owned(), Value::from(NYDUS_ARTIFACT_TYPE));
+    entry
+        .rest
+        .insert("artifactType".to_owned(), Value::from(NYDUS_ARTIFACT_TYPE));
     entry
 }
 
 /// The index of several converted images.
 pub(super) fn index(source: &Map<String, Value>, entries: Vec<Descriptor>) -> Index {
-    Index { manifests: entries, rest: source.clone() }
+    Index {
+        manifests: entries,
+        rest: source.clone(),
+    }
 }
 
 /// `new` with those fields of `old` that do not depend on the content.
@@ -85,7 +106,10 @@ fn replaced(old: &Descriptor, mut new: Descriptor) -> Descriptor {
 }
 
 fn is_docker(manifest: &Manifest) -> bool {
-    manifest.rest.get("mediaType").is_some_and(|kind| kind == DOCKER_MANIFEST)
+    manifest
+        .rest
+        .get("mediaType")
+        .is_some_and(|kind| kind == DOCKER_MANIFEST)
 }
 
 #[cfg(test)]
@@ -150,7 +174,10 @@ mod tests {
             "schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "layers": [],
             "config": {"mediaType": DOCKER_CONFIG, "digest": digest("00"), "size": 1},
         }));
-        assert_eq!(bootstrap_layer(&source, digest("33"), 6).media_type, DOCKER_LAYER_GZIP);
+        assert_eq!(
+            bootstrap_layer(&source, digest("33"), 6).media_type,
+            DOCKER_LAYER_GZIP
+        );
         let result = manifest(&source, b"{}", vec![], (&digest("44"), None));
         assert_eq!(media_type(&result), DOCKER_MANIFEST);
         assert_eq!(result.config.media_type, DOCKER_CONFIG);
@@ -159,7 +186,8 @@ mod tests {
     #[test]
     fn index_entries_keep_their_platform() {
         let mut source = Descriptor::new(OCI_MANIFEST, digest("00"), 1);
-        let platform = json!({"os": "linux", "architecture": "arm", "variant": "v7", "os.features": ["f"]});
+        let platform =
+            json!({"os": "linux", "architecture": "arm", "variant": "v7", "os.features": ["f"]});
         source.rest.insert("platform".to_owned(), platform.clone());
         source.rest.insert("data".to_owned(), json!("e30="));
         let entry = index_entry(&source, Descriptor::new(OCI_MANIFEST, digest("11"), 2));
@@ -173,6 +201,9 @@ mod tests {
             "manifests": [{"mediaType": OCI_MANIFEST, "digest": digest("11"), "size": 2, "platform": platform,
                            "artifactType": "application/vnd.nydus.image.manifest.v1+json"}],
         });
-        assert_eq!(serde_json::to_value(index(&rest, vec![entry])).unwrap(), expected);
+        assert_eq!(
+            serde_json::to_value(index(&rest, vec![entry])).unwrap(),
+            expected
+        );
     }
 }

@@ -69,13 +69,19 @@ impl Plan {
             Document::Manifest(manifest) => {
                 let image = read_image(images, descriptor, manifest).await?;
                 check_platform(&image, platforms)?;
-                Ok(Self { images: vec![image], index: None })
+                Ok(Self {
+                    images: vec![image],
+                    index: None,
+                })
             }
             Document::Index(index) => {
                 let found = read_index(images, &index.manifests, platforms).await?;
                 let several = found.len() > 1;
                 let media_type = descriptor.media_type;
-                Ok(Self { images: found, index: several.then_some((media_type, index.rest)) })
+                Ok(Self {
+                    images: found,
+                    index: several.then_some((media_type, index.rest)),
+                })
             }
         }
     }
@@ -84,7 +90,10 @@ impl Plan {
     pub(super) fn layers(&self) -> anyhow::Result<Vec<SourceLayer>> {
         let mut layers: Vec<SourceLayer> = Vec::new();
         for (descriptor, diff_id) in self.images.iter().flat_map(SourceImage::layers) {
-            match layers.iter().find(|known| known.descriptor.digest == descriptor.digest) {
+            match layers
+                .iter()
+                .find(|known| known.descriptor.digest == descriptor.digest)
+            {
                 Some(known) => ensure!(
                     known.diff_id == *diff_id && known.descriptor.size == descriptor.size,
                     "layer {} is described differently in two places",
@@ -119,7 +128,10 @@ async fn read_index(
         }
         let bytes = images.manifest(entry).await?;
         let Document::Manifest(manifest) = Document::parse(entry.digest.as_str(), &bytes)? else {
-            bail!("entry {} of the index is an index again, which is not supported", entry.digest);
+            bail!(
+                "entry {} of the index is an index again, which is not supported",
+                entry.digest
+            );
         };
         if !is_image(&manifest) {
             tracing::warn!(digest = %entry.digest, "entry of the index is no container image; left out");
@@ -129,14 +141,26 @@ async fn read_index(
             nydus = true;
             continue;
         }
-        ensure!(found.len() < MAX_IMAGES, "the index has more than {MAX_IMAGES} images");
+        ensure!(
+            found.len() < MAX_IMAGES,
+            "the index has more than {MAX_IMAGES} images"
+        );
         found.push(read_image(images, entry.clone(), manifest).await?);
     }
     if found.is_empty() {
-        ensure!(!nydus, "the source is a Nydus image already; there is nothing to convert");
-        let offered: Vec<_> =
-            entries.iter().filter_map(Descriptor::platform).map(|p| p.to_string()).collect();
-        bail!("no image for the chosen platform; there are: {}", offered.join(", "));
+        ensure!(
+            !nydus,
+            "the source is a Nydus image already; there is nothing to convert"
+        );
+        let offered: Vec<_> = entries
+            .iter()
+            .filter_map(Descriptor::platform)
+            .map(|p| p.to_string())
+            .collect();
+        bail!(
+            "no image for the chosen platform; there are: {}",
+            offered.join(", ")
+        );
     }
     Ok(found)
 }
@@ -168,7 +192,10 @@ fn check_platform(image: &SourceImage, platforms: &[Platform]) -> anyhow::Result
 
 /// Other artifacts are stored as manifests too; their configuration gives them away.
 fn is_image(manifest: &Manifest) -> bool {
-    matches!(manifest.config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG)
+    matches!(
+        manifest.config.media_type.as_str(),
+        OCI_CONFIG | DOCKER_CONFIG
+    )
 }
 
 /// Reads the configuration and checks that the image can be converted.
@@ -197,6 +224,12 @@ async fn read_image(
     let bytes: Bytes = images.small_blob(&manifest.config, MAX_CONFIG).await?;
     let in_config = || format!("in the image configuration {}", manifest.config.digest);
     let config = Config::parse(&bytes).with_context(in_config)?;
-    config.check_layers(manifest.layers.len()).with_context(in_config)?;
-    Ok(SourceImage { entry, manifest, config })
+    config
+        .check_layers(manifest.layers.len())
+        .with_context(in_config)?;
+    Ok(SourceImage {
+        entry,
+        manifest,
+        config,
+    })
 }

@@ -31,9 +31,15 @@ impl Progress {
     /// Bars if standard error is a terminal.
     pub(super) fn new() -> Self {
         let interactive = std::io::stderr().is_terminal();
-        let target =
-            if interactive { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Self { bars: MultiProgress::with_draw_target(target), interactive }
+        let target = if interactive {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        Self {
+            bars: MultiProgress::with_draw_target(target),
+            interactive,
+        }
     }
 
     /// Announces layer `number` of `total`, of `size` bytes.
@@ -52,7 +58,11 @@ impl Progress {
             .unwrap_or_else(|_err| ProgressStyle::default_bar());
         bar.set_style(style.progress_chars("=> "));
         bar.set_prefix(name.clone());
-        LayerProgress { bar, name, interactive: self.interactive }
+        LayerProgress {
+            bar,
+            name,
+            interactive: self.interactive,
+        }
     }
 
     /// Removes the bars, so that what follows has lines of its own.

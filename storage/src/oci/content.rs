@@ -167,10 +167,10 @@ impl Verifier {
     /// [`OciError::Size`] as soon as there are more than expected.
     pub fn update(&mut self, data: &[u8]) -> Result<(), OciError> {
         let seen = self.seen.saturating_add(byte_len(data));
-        if seen > self.size {
+        if let Some(expected) = self.size.filter(|size| seen > *size) {
             return Err(OciError::Size {
                 at: self.at.clone(),
-                expected: self.size,
+                expected,
                 actual: seen,
             });
         }
