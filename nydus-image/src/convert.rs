@@ -230,9 +230,9 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
     let published = job.publish(&plan, &converted, kept_name(source)).await?;
     let totals = Totals::of(&plan, &converted);
     Ok(format!(
-        "{target}: {} images, {} layers, {} -> {} ({} sent), {:.1} s, {}",
-        plan.images.len(),
-        totals.layers,
+        "{target}: {}, {}, {} -> {} ({} sent), {:.1} s, {}",
+        count(plan.images.len(), "image"),
+        count(totals.layers, "layer"),
         HumanBytes(totals.source),
         HumanBytes(totals.blobs),
         HumanBytes(totals.sent),
@@ -438,6 +438,12 @@ async fn pack(
 /// For small transfers that nobody watches.
 fn silent() -> storage::oci::Progress {
     Arc::new(|_| ())
+}
+
+/// `1 layer`, `2 layers`.
+fn count(number: usize, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{plural}")
 }
 
 /// Sums for the last line.
