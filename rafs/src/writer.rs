@@ -80,12 +80,6 @@ pub fn write(tree: &Tree, options: &WriteOptions) -> Result<Vec<u8>, WriteError>
             reason: "must be a power of two from 4 KiB to 16 MiB",
         });
     }
-    if options.compressor == Compressor::Gzip && tree.blobs.is_empty() {
-        return Err(WriteError::BadOption {
-            option: "compressor",
-            reason: "gzip is only for blobs that refer to an OCI layer",
-        });
-    }
     let blobs = blobs::select(tree, options)?;
     let plan = plan::make(tree, options, blobs)?;
     let chunks = chunks::select(tree, &plan)?;
