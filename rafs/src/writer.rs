@@ -1,8 +1,8 @@
 //! A tree into the bytes of a bootstrap.
 //!
-//! Three passes over the tree, each iterative: [`blobs`] decides which blobs are
-//! listed in which order, [`plan`] gives every inode its place and number, and
-//! [`emit`] fills a zeroed buffer. Positions are final when the plan is made,
+//! Three passes over the tree, each iterative: `blobs` decides which blobs are
+//! listed in which order, `plan` gives every inode its place and number, and
+//! `emit` fills a zeroed buffer. Positions are final when the plan is made,
 //! because the number of blobs and prefetch entries is known before.
 //!
 //! Promises: the same tree gives the same bytes; a tree that the format cannot
