@@ -21,7 +21,7 @@ use nix::sys::time::TimeSpec;
 use nydus_image::build::BuildOptions;
 use nydus_image::pipeline::Engine;
 use nydus_image::prefetch::{Policy, Prefetch};
-use nydus_image::source::Source;
+use nydus_image::source::{Progress, Source};
 use proptest::prelude::*;
 use rafs::merge::WhiteoutSpec;
 use storage::{Compressor, Digest, Digester};
@@ -465,4 +465,31 @@ fn a_full_disk_stops_the_build() {
     // The engine is as good as new.
     let source = Source::Directory(dir.path().to_owned());
     build_on(&engine, source, &options).unwrap();
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_read_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a"), "first").unwrap();
+    let victim = dir.path().join("b");
+    std::fs::write(&victim, noise(1, 100_000)).unwrap();
+    // Called when `a` was read; `b` is open by then.
+    let shrink = Progress::new(move |_| {
+        File::options()
+            .write(true)
+            .open(&victim)
+            .unwrap()
+            .set_len(10)
+            .unwrap()
+    });
+    let options = BuildOptions {
+        progress: Some(shrink),
+        ..BuildOptions::default()
+    };
+    let source = Source::Directory(dir.path().to_owned());
+    let error = chain(&build(source, &options, 2).unwrap_err());
+    assert!(
+        error.contains("b changed while it was being read: it became shorter"),
+        "{error}"
+    );
 }
