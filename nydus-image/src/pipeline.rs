@@ -47,10 +47,14 @@ impl Engine {
         }
     }
 
-    /// One worker per processor and [`Engine::DEFAULT_MEMORY`].
+    /// One worker per processor, and [`Engine::DEFAULT_MEMORY`] or, with many
+    /// processors, 8 MiB for each.
     #[must_use]
     pub fn for_this_machine() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self::new(threads, Self::DEFAULT_MEMORY)
+        Self::new(
+            threads,
+            Self::DEFAULT_MEMORY.max(threads.saturating_mul(8 << 20)),
+        )
     }
 }

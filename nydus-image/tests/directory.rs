@@ -493,3 +493,73 @@ fn a_file_that_shrinks_while_it_is_read_is_an_error() {
         "{error}"
     );
 }
+
+/// One of everything that a file system holds. Needs root.
+#[test]
+fn a_nasty_tree_survives() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::create_dir(at("many")).unwrap();
+    for i in 0..3000 {
+        std::fs::write(at("many").join(format!("{:0>200}", i)), i.to_string()).unwrap();
+    }
+    for name in [" before the dot", "!", "-", "z", &"n".repeat(255), "ümläut"] {
+        std::fs::write(at(name), name).unwrap();
+    }
+    for len in [1, 4095, 4096, 4097, 1 << 20, (1 << 20) + 1, 3 << 20] {
+        std::fs::write(at(&format!("size {len}")), noise(len as u64, len)).unwrap();
+    }
+    std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+    nix::unistd::mkfifo(&at("fifo"), Mode::S_IRUSR).unwrap();
+    let block = makedev(0xabc, 0x12345);
+    mknod(&at("block"), SFlag::S_IFBLK, Mode::S_IRUSR, block).expect("run the tests as root");
+    symlink("x".repeat(4095), at("long link")).unwrap();
+    symlink("/absolute/../target", at("link")).unwrap();
+    std::fs::hard_link(at("z"), at("many/z")).unwrap();
+    std::fs::write(at("setuid"), "").unwrap();
+    std::os::unix::fs::chown(at("setuid"), Some(3_000_000_000), Some(100_000)).unwrap();
+    set_mode(&at("setuid"), 0o7755);
+    // Version 2, then (tag, permissions, id) of owner, a user, group, mask, others.
+    let acl: Vec<u8> = std::iter::once(2_u32.to_le_bytes().to_vec())
+        .chain(
+            [
+                (1, 7, u32::MAX),
+                (2, 5, 1234),
+                (4, 5, u32::MAX),
+                (16, 5, u32::MAX),
+                (32, 0, u32::MAX),
+            ]
+            .map(|(tag, permissions, id): (u16, u16, u32)| {
+                [
+                    &tag.to_le_bytes()[..],
+                    &permissions.to_le_bytes(),
+                    &id.to_le_bytes(),
+                ]
+                .concat()
+            }),
+        )
+        .flatten()
+        .collect();
+    xattr::set(at("many"), "system.posix_acl_access", &acl).unwrap();
+    xattr::set(at("many"), "system.posix_acl_default", &acl).unwrap();
+    let capability = [
+        1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    xattr::set(at("z"), "security.capability", &capability).unwrap();
+    xattr::set(at("link"), "trusted.on-a-link", b"").unwrap();
+    xattr::set(at("!"), "user.large", &noise(1, 3000)).unwrap();
+    set_time(&at("!"), -5_000_000_000, 999_999_999);
+    let options = BuildOptions::default();
+    let built = build(Source::Directory(dir.path().to_owned()), &options, 2).unwrap();
+    let (found, expected) = (built.listing(), list_directory(dir.path()));
+    assert_eq!(found.len(), expected.len());
+    for (path, node) in &expected {
+        let same = found.get(path) == Some(node);
+        assert!(
+            same,
+            "{}: {:?}",
+            path.escape_ascii(),
+            found.get(path).map(|node| (&node.xattrs, node.device))
+        );
+    }
+}
