@@ -29,6 +29,8 @@ use super::reference::RegistryRef;
 mod auth;
 pub(super) mod download;
 mod retry;
+#[cfg(test)]
+mod tests;
 pub(super) mod upload;
 
 use auth::Login;
@@ -371,30 +373,5 @@ fn to_reference(name: &RegistryRef) -> Reference {
             let tag = tag.clone().unwrap_or_else(|| "latest".to_owned());
             Reference::with_tag(registry, repository, tag)
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn error_pages_become_one_short_line() {
-        assert_eq!(quote(b" \n"), "");
-        assert_eq!(quote(b"<p>\n  no\x07 way\n</p>"), ": <p> no way </p>");
-        assert_eq!(quote(&[b'x'; 5000]).len(), MAX_ERROR_TEXT + 2);
-    }
-
-    #[test]
-    fn the_document_knows_its_media_type_best() {
-        let own = format!("{{\"schemaVersion\":2,\"mediaType\":\"{OCI_INDEX}\",\"manifests\":[]}}");
-        assert_eq!(
-            media_type_of("x", own.as_bytes(), "text/plain").unwrap(),
-            OCI_INDEX
-        );
-        let silent = b"{\"schemaVersion\":2,\"manifests\":[]}";
-        let docker = super::super::manifest::DOCKER_INDEX;
-        assert_eq!(media_type_of("x", silent, docker).unwrap(), docker);
-        assert_eq!(media_type_of("x", silent, "text/plain").unwrap(), OCI_INDEX);
     }
 }

@@ -88,13 +88,14 @@ fn pieces(
     stream::try_unfold((source, 0_u64), move |(source, offset)| {
         let (sent, progress) = (Arc::clone(&sent), Arc::clone(&progress));
         async move {
-            sent.store(offset, Ordering::Relaxed);
-            progress(offset);
             if offset >= size {
                 return Ok(None);
             }
             let piece = source.read_at(offset, PIECE).await?;
             let next = offset + crate::oci::content::byte_len(&piece);
+            // Nobody asks for a piece after the last one, so count what is handed out.
+            sent.store(next, Ordering::Relaxed);
+            progress(next);
             Ok(Some((piece, (source, next))))
         }
     })
