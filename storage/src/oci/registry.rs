@@ -10,13 +10,13 @@
 //! number of times.
 //!
 //! Downloads: [`download`]. Uploads: [`upload`]. Log-in: [`auth`]. Retries: [`retry`].
+//! Time-outs and TLS: [`clients`].
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::{Client, Reference, RegistryOperation};
+use oci_client::{Reference, RegistryOperation};
 use reqwest::{Method, StatusCode, header};
 
 use super::Access;
@@ -27,6 +27,7 @@ use super::manifest::{ACCEPTED, Descriptor, Document, MAX_MANIFEST, OCI_INDEX, O
 use super::reference::RegistryRef;
 
 mod auth;
+mod clients;
 pub(super) mod download;
 mod retry;
 #[cfg(test)]
@@ -34,6 +35,7 @@ mod tests;
 pub(super) mod upload;
 
 use auth::Login;
+use clients::Clients;
 use retry::{Attempt, Failure};
 
 /// A connection that cannot be made within this time is a failed attempt.
@@ -58,11 +60,7 @@ struct Inner {
     /// `http://host:port` or `https://host`, of the host that really serves.
     origin: String,
     login: Login,
-    /// Has a read deadline, which would also cut long uploads.
-    pull: Client,
-    /// Has none; uploads are watched by [`upload`].
-    push: Client,
-    http: reqwest::Client,
+    clients: Clients,
 }
 
 impl std::fmt::Debug for Registry {
@@ -75,7 +73,7 @@ impl Registry {
     /// Prepares access; nothing is sent yet, but a credential helper may run.
     ///
     /// # Errors
-    /// [`OciError::Credentials`], or [`OciError::Request`] if TLS cannot be set up.
+    /// [`OciError::Credentials`]; [`OciError::Setup`] on a system without CA certificates.
     pub async fn open(name: &RegistryRef, access: &Access) -> Result<Self, OciError> {
         let credentials = match &access.credentials {
             Some(credentials) => credentials.clone(),
@@ -85,43 +83,15 @@ impl Registry {
         let reference = to_reference(name);
         let scheme = if plain { "http" } else { "https" };
         let origin = format!("{scheme}://{}", reference.resolve_registry());
-        let setup = |source: super::error::Cause| OciError::Request {
+        let clients = Clients::new(plain).map_err(|source| OciError::Setup {
             at: origin.clone(),
-            op: "setting up TLS",
-            offset: 0,
-            attempts: 1,
             source,
-        };
-        // Fails if the process has chosen a provider already, which then serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = |read_timeout| {
-            let protocol = if plain {
-                ClientProtocol::Http
-            } else {
-                ClientProtocol::Https
-            };
-            Client::try_from(ClientConfig {
-                protocol,
-                use_monolithic_push: true,
-                read_timeout,
-                connect_timeout: Some(CONNECT_DEADLINE),
-                user_agent: concat!("nydus/", env!("CARGO_PKG_VERSION")),
-                ..ClientConfig::default()
-            })
-        };
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_DEADLINE)
-            .read_timeout(READ_DEADLINE)
-            .user_agent(concat!("nydus/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|err| setup(err.into()))?;
+        })?;
         let inner = Inner {
             name: name.clone(),
             origin: origin.clone(),
             login: Login::new(credentials),
-            pull: client(Some(READ_DEADLINE)).map_err(|err| setup(err.into()))?,
-            push: client(None).map_err(|err| setup(err.into()))?,
-            http,
+            clients,
             reference,
         };
         Ok(Self {
@@ -195,6 +165,7 @@ impl Registry {
                 .await?;
             match self
                 .inner
+                .clients
                 .pull
                 .blob_exists(&self.inner.reference, digest.as_str())
                 .await
@@ -283,7 +254,7 @@ impl Registry {
         url: &str,
         authorization: Option<header::HeaderValue>,
     ) -> reqwest::RequestBuilder {
-        let request = self.inner.http.request(method, url);
+        let request = self.inner.clients.http.request(method, url);
         match authorization {
             Some(value) => request.header(header::AUTHORIZATION, value),
             None => request,

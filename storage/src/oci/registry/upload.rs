@@ -55,10 +55,12 @@ impl Registry {
                 Arc::clone(progress),
             );
             let inner = &self.inner;
-            let upload =
-                inner
-                    .push
-                    .push_blob_stream(&inner.reference, body, digest.as_str(), Some(size));
+            let upload = inner.clients.push.push_blob_stream(
+                &inner.reference,
+                body,
+                digest.as_str(),
+                Some(size),
+            );
             match watch(upload, &sent, size).await? {
                 Ok(_location) => Ok(()),
                 // Some registries accept the blob but leave out where it is.
