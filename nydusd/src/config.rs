@@ -192,22 +192,18 @@ impl Config {
     }
 }
 
-impl Config {
-    /// Replaces the registry credentials by `auth`, the base64 form of
-    /// `user:password`, as the environment variable `IMAGE_PULL_AUTH` holds it.
+impl Login {
+    /// Reads `auth`, the base64 form of `user:password`, as the environment
+    /// variable `IMAGE_PULL_AUTH` holds it.
     ///
     /// # Errors
     /// [`ConfigError::Wrong`] if it cannot be decoded; its text is not repeated.
-    pub(crate) fn replace_login(&mut self, auth: &str) -> Result<(), ConfigError> {
-        let login = backend::decode_auth(auth).ok_or_else(|| ConfigError::Wrong {
+    pub(crate) fn from_auth(auth: &str) -> Result<Self, ConfigError> {
+        backend::decode_auth(auth).ok_or_else(|| ConfigError::Wrong {
             key: "IMAGE_PULL_AUTH".to_owned(),
             value: "(not shown)".to_owned(),
             allowed: "the base64 form of `user:password`".to_owned(),
-        })?;
-        if let Backend::Registry(registry) = &mut self.backend {
-            registry.login = login;
-        }
-        Ok(())
+        })
     }
 }
 

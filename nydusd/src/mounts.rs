@@ -16,12 +16,15 @@ use storage::backend::local::LocalBackend;
 use storage::blob::Blob;
 use storage::cache::CacheDir;
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Login};
 use crate::fuse::RafsFs;
 use crate::fuse::node::Slot;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
+
+/// Environment variable with the credentials for the registry.
+const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
 
 /// Where the parts of one image are.
 #[derive(Debug)]
@@ -66,14 +69,13 @@ impl Source {
 /// Reads a configuration file, credentials from the environment included, and
 /// logs what is odd about it.
 pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
-    let load = || -> Result<Config, config::ConfigError> {
-        let mut config = Config::load(path)?;
-        if let Ok(auth) = std::env::var("IMAGE_PULL_AUTH") {
-            config.replace_login(&auth)?;
-        }
-        Ok(config)
-    };
-    let config = load().with_context(|| format!("configuration {}", path.display()))?;
+    let mut config =
+        Config::load(path).with_context(|| format!("configuration {}", path.display()))?;
+    if let (Some(login), config::Backend::Registry(registry)) =
+        (login_from_environment()?, &mut config.backend)
+    {
+        registry.login = login;
+    }
     for warning in &config.warnings {
         tracing::warn!("configuration {}: {warning}", path.display());
     }
@@ -97,6 +99,25 @@ fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
 fn registry(_config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
     let _ = extra_headers();
     anyhow::bail!("TODO")
+}
+
+/// The repository of an image reference as back end.
+pub(crate) fn registry_of(
+    _name: &storage::oci::RegistryRef,
+    _access: &storage::oci::Access,
+) -> anyhow::Result<Arc<dyn Backend>> {
+    anyhow::bail!("TODO")
+}
+
+/// Credentials given by `IMAGE_PULL_AUTH`, if it is set.
+///
+/// # Errors
+/// When it cannot be decoded.
+pub(crate) fn login_from_environment() -> anyhow::Result<Option<Login>> {
+    match std::env::var(AUTH_VARIABLE) {
+        Ok(auth) if !auth.is_empty() => Ok(Some(Login::from_auth(&auth)?)),
+        _ => Ok(None),
+    }
 }
 
 /// Headers that the environment adds to every request of a back end.
