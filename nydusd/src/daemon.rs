@@ -7,6 +7,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,11 @@ use crate::fuse::workers::Workers;
 /// How long the threads get to notice that the mount is gone.
 const WIND_DOWN: Duration = Duration::from_secs(2);
 
+/// How often the work before the mount looks for a signal.
+const POLL: Duration = Duration::from_millis(50);
+
 /// What can end the daemon.
+#[derive(Debug)]
 enum Event {
     /// A signal asks for the end.
     Signal(i32),
@@ -29,10 +34,13 @@ enum Event {
     Ended,
 }
 
-/// Asks for the end, for as long as it exists.
+/// The wish that the daemon ends, by signal.
+#[derive(Debug)]
 pub(crate) struct Stop {
     sender: Sender<Event>,
     receiver: Receiver<Event>,
+    /// The signal that came first; 0 for none.
+    signal: Arc<AtomicI32>,
 }
 
 impl Stop {
@@ -44,18 +52,40 @@ impl Stop {
         let (sender, receiver) = channel();
         let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot catch signals")?;
         let to_main = sender.clone();
+        let signal = Arc::new(AtomicI32::new(0));
+        let first = Arc::clone(&signal);
         std::thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {
                 for signal in signals.forever() {
+                    first.store(signal, Ordering::Release);
                     if to_main.send(Event::Signal(signal)).is_err() {
                         return;
                     }
                 }
             })
             .context("cannot start a thread")?;
-        Ok(Self { sender, receiver })
+        Ok(Self {
+            sender,
+            receiver,
+            signal,
+        })
     }
+
+    /// Waits until a signal has come, and names it: for work before the mount
+    /// that has to be given up then.
+    pub(crate) async fn requested(&self) -> &'static str {
+        loop {
+            match self.signal.load(Ordering::Acquire) {
+                0 => tokio::time::sleep(POLL).await,
+                signal => return name(signal),
+            }
+        }
+    }
+}
+
+fn name(signal: i32) -> &'static str {
+    signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
 }
 
 /// Mounts `files` on `mountpoint` and serves until the end; blocks.
@@ -86,8 +116,7 @@ pub(crate) fn serve(
     );
     match stop.receiver.recv() {
         Ok(Event::Signal(signal)) => {
-            let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
-            tracing::info!("{name}: unmounting {place}");
+            tracing::info!("{}: unmounting {place}", name(signal));
             session.unmount()?;
             // Replies under way are finished; what hangs in the network is not waited for.
             let _ = stop.receiver.recv_timeout(WIND_DOWN);

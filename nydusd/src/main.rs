@@ -21,7 +21,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use clap::Parser as _;
 
-use cli::{Cli, FuseOptions, Global, MountOptions, Task};
+use cli::{Cli, FuseOptions, Global, Task};
 use mounts::Source;
 
 fn main() -> ExitCode {
@@ -70,7 +70,8 @@ fn run(global: &Global, task: Task) -> anyhow::Result<()> {
             (source, mountpoint, options.fuse_threads.unwrap_or(4))
         }
         Task::Mount(options) => {
-            let source = referenced(&options)?;
+            let source = pull::source(&options, &stop)
+                .with_context(|| format!("cannot mount {}", options.image))?;
             (source, options.mountpoint, options.fuse_threads)
         }
     };
@@ -99,9 +100,4 @@ fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Source> {
         .context("--config or --localfs-dir is missing")?;
     let config = mounts::load_config(path)?;
     Source::configured(bootstrap, &config)
-}
-
-/// The image that a reference, a layout or a bootstrap file names.
-fn referenced(options: &MountOptions) -> anyhow::Result<Source> {
-    pull::source(options).with_context(|| format!("cannot mount {}", options.image))
 }

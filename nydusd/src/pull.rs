@@ -25,6 +25,7 @@ use storage::oci::{Access, ContentDigest, Credentials, ImageRef, Images, Platfor
 
 use crate::cli::MountOptions;
 use crate::config::Login;
+use crate::daemon::Stop;
 use crate::mounts::{self, Source};
 
 /// Where images' metadata is kept in the cache directory.
@@ -35,9 +36,9 @@ const BOOTSTRAP: &str = "image.boot";
 /// Finds the parts of the image that `options` names; fetches what is missing.
 ///
 /// # Errors
-/// When the name is none, the image cannot be read or is no Nydus image, or the
-/// cache directory cannot be written.
-pub(crate) fn source(options: &MountOptions) -> anyhow::Result<Source> {
+/// When the name is none, the image cannot be read or is no Nydus image, the
+/// cache directory cannot be written, or a signal asks for the end.
+pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Source> {
     let file = Path::new(&options.image);
     if options.localfs_dir.is_some() || file.is_absolute() || file.is_file() {
         return bootstrap_file(file, options);
@@ -56,20 +57,32 @@ pub(crate) fn source(options: &MountOptions) -> anyhow::Result<Source> {
         .build()
         .context("cannot start the network runtime")?;
     runtime.block_on(async {
-        let access = Access {
-            plain_http: options.plain_http,
-            credentials: credentials_of(&reference).await?,
-        };
-        let bootstrap = match store.known(&reference, &platform) {
-            Some(path) => path,
-            None => pull(&reference, &platform, &access, &store).await?,
-        };
-        Ok(Source {
-            name: options.image.clone(),
-            bootstrap,
-            backend: backend(&reference, &access)?,
-            cache_dir: options.cache_dir.clone(),
-        })
+        tokio::select! {
+            found = find(options, &reference, &platform, &store) => found,
+            signal = stop.requested() => bail!("stopped by {signal}"),
+        }
+    })
+}
+
+async fn find(
+    options: &MountOptions,
+    reference: &ImageRef,
+    platform: &Platform,
+    store: &Store,
+) -> anyhow::Result<Source> {
+    let access = Access {
+        plain_http: options.plain_http,
+        credentials: credentials_of(reference).await?,
+    };
+    let bootstrap = match store.known(reference, platform) {
+        Some(path) => path,
+        None => pull(reference, platform, &access, store).await?,
+    };
+    Ok(Source {
+        name: options.image.clone(),
+        bootstrap,
+        backend: backend(reference, &access)?,
+        cache_dir: options.cache_dir.clone(),
     })
 }
 
