@@ -19,6 +19,8 @@
 pub mod chunk_table;
 pub mod context;
 pub mod entry;
+#[cfg(test)]
+mod foreign_images;
 pub mod header;
 pub mod stored_table;
 pub mod tar_header;
