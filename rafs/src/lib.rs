@@ -28,6 +28,7 @@ pub mod merge;
 pub mod tree;
 pub mod units;
 pub mod verify;
+mod visited;
 pub mod writer;
 pub mod xattr;
 

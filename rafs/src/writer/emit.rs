@@ -17,7 +17,7 @@ use crate::units::{BLOCK, len64};
 use super::chunks::{self, Chunks};
 use super::directory::{self, Listed};
 use super::plan::{Data, Plan, Slot, index};
-use super::{WriteOptions, xattr};
+use super::{BlobOrder, WriteOptions, xattr};
 
 /// Devices start at multiples of this many bytes when all are concatenated.
 const DEVICE_ALIGNMENT: u64 = 512 * 1024;
@@ -36,7 +36,7 @@ pub(super) fn emit(
         options,
         plan,
         chunks,
-        out: vec![0; usize::try_from(len).map_err(|_| too_large())?],
+        out: vec![0; usize::try_from(len).ok().ok_or_else(too_large)?],
         directory: directory::Builder::default(),
         head: Vec::new(),
     };
@@ -70,7 +70,7 @@ fn too_large() -> WriteError {
 
 /// Copies `bytes` to `offset`, which the plan made sure is inside.
 fn put(out: &mut [u8], offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
-    let start = usize::try_from(offset).map_err(|_| too_large())?;
+    let start = usize::try_from(offset).ok().ok_or_else(too_large)?;
     let target = start
         .checked_add(bytes.len())
         .and_then(|end| out.get_mut(start..end))
@@ -81,7 +81,7 @@ fn put(out: &mut [u8], offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
 
 /// A block number from a byte offset.
 fn block(offset: u64) -> Result<u32, WriteError> {
-    u32::try_from(offset / BLOCK).map_err(|_| too_large())
+    u32::try_from(offset / BLOCK).ok().ok_or_else(too_large)
 }
 
 impl Emitter<'_> {
@@ -232,7 +232,7 @@ impl Emitter<'_> {
             at += len64(size_of::<BlobRow>());
         }
         for &slot in &plan.prefetch {
-            let nid = u32::try_from(plan.nid(slot)).map_err(|_| too_large())?;
+            let nid = u32::try_from(plan.nid(slot)).ok().ok_or_else(too_large)?;
             self.put(at, &zerocopy::little_endian::U32::new(nid))?;
             at += 4;
         }
@@ -246,13 +246,17 @@ impl Emitter<'_> {
         raw.feature_compat = COMPAT_RAFS_V6.into();
         raw.block_bits = 12;
         // The root has the first slot, right behind one block.
-        raw.root_nid = u16::try_from(plan.nid(0)).map_err(|_| too_large())?.into();
+        raw.root_nid = u16::try_from(plan.nid(0))
+            .ok()
+            .ok_or_else(too_large)?
+            .into();
         raw.inode_count = plan.names.into();
         raw.blocks = blocks.into();
         raw.meta_block = block(plan.meta_start)?.into();
         raw.feature_incompat = INCOMPAT.into();
         raw.extra_devices = u16::try_from(plan.blobs.infos.len())
-            .map_err(|_| too_large())?
+            .ok()
+            .ok_or_else(too_large)?
             .into();
         raw.device_table_slot = DEVICE_TABLE_SLOT.into();
         self.put(SUPERBLOCK_OFFSET, &raw)
@@ -265,7 +269,8 @@ impl Emitter<'_> {
         raw.flags = self.flags().into();
         raw.blob_table_offset = plan.blob_table.into();
         raw.blob_table_size = u32::try_from(blob_table_size)
-            .map_err(|_| too_large())?
+            .ok()
+            .ok_or_else(too_large)?
             .into();
         raw.chunk_size = self.options.chunk_size.into();
         raw.chunk_table_offset = table.into();
@@ -273,7 +278,7 @@ impl Emitter<'_> {
         if !plan.prefetch.is_empty() {
             let size = 4 * len64(plan.prefetch.len());
             raw.prefetch_table_offset = (plan.blob_table + blob_table_size).into();
-            raw.prefetch_table_size = u32::try_from(size).map_err(|_| too_large())?.into();
+            raw.prefetch_table_size = u32::try_from(size).ok().ok_or_else(too_large)?.into();
         }
         self.put(EXTENDED_OFFSET, &raw)
     }
@@ -295,7 +300,11 @@ impl Emitter<'_> {
             |b: &BlobInfo| b.features.contains(BlobFeatures::INLINED_CHUNK_DIGEST);
         for (bit, set) in [
             (flags::EXPLICIT_UID_GID, self.options.explicit_uid_gid),
-            (flags::HAS_XATTR, plan.has_xattrs),
+            // A merged image always says so, like those of other writers.
+            (
+                flags::HAS_XATTR,
+                plan.has_xattrs || self.options.blob_order == BlobOrder::FirstUse,
+            ),
             (
                 flags::INLINED_CHUNK_DIGEST,
                 plan.blobs.infos.iter().all(digests_in_blob),

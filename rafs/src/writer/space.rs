@@ -1,19 +1,25 @@
 //! Hands out the space of the inode area.
 //!
-//! Inodes are appended at multiples of 32 bytes; data blocks are taken from the
-//! end, and the block that inodes were being put in stays open behind them.
+//! Inodes are appended at multiples of 32 bytes and data blocks behind them.
+//! What a block boundary leaves unused is remembered and given to later
+//! inodes, the smallest rest that is large enough first.
 
 use crate::units::{BLOCK, INODE_SLOT};
+
+/// Remembered rests of blocks. More would cost time for every inode and save
+/// little: a rest is soon filled.
+const MAX_HOLES: usize = 32;
+
+/// Bytes of the smallest inode that is written.
+const MIN_INODE: u64 = 64;
 
 /// The free space of the inode area, in byte offsets of the bootstrap.
 #[derive(Debug)]
 pub(super) struct Space {
-    /// Next free byte for inodes.
+    /// Next free byte behind everything handed out.
     cursor: u64,
-    /// End of the block that is open for inodes.
-    open_end: u64,
-    /// End of everything handed out, a multiple of the block size.
-    end: u64,
+    /// Free rests of earlier blocks: start (a multiple of 32) and end.
+    holes: Vec<(u64, u64)>,
 }
 
 impl Space {
@@ -21,37 +27,66 @@ impl Space {
     pub(super) fn new(start: u64) -> Self {
         Self {
             cursor: start,
-            open_end: start,
-            end: start,
+            holes: Vec::new(),
         }
     }
 
     /// Place for an inode of `len` bytes. With `one_block` (an inode with an
     /// inline tail, at most a block long) it does not cross a block boundary.
     pub(super) fn inode(&mut self, len: u64, one_block: bool) -> u64 {
-        // The open end is a multiple of the slot size, so this stays inside.
-        let aligned = self.cursor.next_multiple_of(INODE_SLOT);
-        let fits = aligned + len <= self.open_end;
-        let grows = !one_block && self.open_end == self.end;
-        let start = if fits || grows { aligned } else { self.end };
-        self.cursor = start + len;
-        if !fits {
-            self.open_end = self.cursor.next_multiple_of(BLOCK);
-            self.end = self.open_end;
+        if let Some(start) = self.fill_hole(len) {
+            return start;
         }
+        let aligned = self.cursor.next_multiple_of(INODE_SLOT);
+        let start = if one_block && aligned % BLOCK + len > BLOCK {
+            self.close_block();
+            self.cursor
+        } else {
+            aligned
+        };
+        self.cursor = start + len;
         start
     }
 
     /// Place for `count` consecutive blocks.
     pub(super) fn blocks(&mut self, count: u64) -> u64 {
-        let start = self.end;
-        self.end += count * BLOCK;
+        self.close_block();
+        let start = self.cursor;
+        self.cursor += count * BLOCK;
         start
     }
 
-    /// End of everything handed out: a multiple of the block size.
+    /// End of everything handed out, rounded up to the block size.
     pub(super) fn end(&self) -> u64 {
-        self.end
+        self.cursor.next_multiple_of(BLOCK)
+    }
+
+    fn fill_hole(&mut self, len: u64) -> Option<u64> {
+        let (position, &(start, end)) = self
+            .holes
+            .iter()
+            .enumerate()
+            .filter(|(_, (start, end))| len <= end - start)
+            .min_by_key(|(_, (start, end))| end - start)?;
+        let rest = (start + len).next_multiple_of(INODE_SLOT);
+        if rest + MIN_INODE <= end {
+            self.holes[position].0 = rest;
+        } else {
+            self.holes.remove(position);
+        }
+        Some(start)
+    }
+
+    /// Moves on to a block boundary and remembers what lies before it.
+    fn close_block(&mut self) {
+        let (start, end) = (self.cursor.next_multiple_of(INODE_SLOT), self.end());
+        self.cursor = end;
+        if start + MIN_INODE <= end {
+            if self.holes.len() == MAX_HOLES {
+                self.holes.remove(0);
+            }
+            self.holes.push((start, end));
+        }
     }
 }
 
@@ -69,17 +104,21 @@ mod tests {
     }
 
     #[test]
-    fn plain_inodes_may_cross_blocks_unless_data_follows() {
+    fn plain_inodes_may_cross_blocks() {
         let mut space = Space::new(4096);
         assert_eq!(space.inode(4064, false), 4096);
         assert_eq!(space.inode(10_000, false), 8160);
-        assert_eq!(space.blocks(2), 20480);
-        assert_eq!(
-            space.inode(64, false),
-            18176,
-            "the open block is used first"
-        );
-        assert_eq!(space.inode(4096, false), 28672);
-        assert_eq!(space.end(), 32768);
+        assert_eq!(space.end(), 20480);
+    }
+
+    #[test]
+    fn rests_of_blocks_are_filled() {
+        let mut space = Space::new(4096);
+        assert_eq!(space.inode(64, false), 4096);
+        assert_eq!(space.blocks(2), 8192);
+        assert_eq!(space.inode(4096, false), 16384, "does not fit the rest");
+        assert_eq!(space.inode(100, true), 4160);
+        assert_eq!(space.inode(3872, false), 4288);
+        assert_eq!(space.inode(64, false), 20480, "32 bytes are no inode");
     }
 }
