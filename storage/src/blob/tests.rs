@@ -1,3 +1,8 @@
+#![allow(
+    clippy::panic_in_result_fn,
+    reason = "helpers of tests both assert and return what is tested"
+)]
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::thread;
