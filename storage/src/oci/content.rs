@@ -116,7 +116,8 @@ enum Hasher {
 pub struct Verifier {
     at: String,
     expected: ContentDigest,
-    size: u64,
+    /// `None` if only the digest is known.
+    size: Option<u64>,
     seen: u64,
     hasher: Hasher,
 }
@@ -125,6 +126,15 @@ impl Verifier {
     /// Expects `size` bytes with the digest `expected`; `at` names the source in errors.
     #[must_use]
     pub fn new(at: impl Into<String>, expected: &ContentDigest, size: u64) -> Self {
+        Self {
+            size: Some(size),
+            ..Self::of_any_size(at, expected)
+        }
+    }
+
+    /// Expects bytes with the digest `expected`, however many.
+    #[must_use]
+    pub fn of_any_size(at: impl Into<String>, expected: &ContentDigest) -> Self {
         let hasher = match expected.algorithm() {
             "sha512" => Hasher::Sha512(Sha512::new()),
             // `ContentDigest` admits no third algorithm.
@@ -133,7 +143,7 @@ impl Verifier {
         Self {
             at: at.into(),
             expected: expected.clone(),
-            size,
+            size: None,
             seen: 0,
             hasher,
         }
@@ -145,10 +155,10 @@ impl Verifier {
         self.seen
     }
 
-    /// Whether all bytes have arrived.
+    /// Whether as many bytes have arrived as were announced.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.seen == self.size
+        self.size.is_none_or(|size| self.seen == size)
     }
 
     /// Takes the next bytes.
@@ -157,10 +167,10 @@ impl Verifier {
     /// [`OciError::Size`] as soon as there are more than expected.
     pub fn update(&mut self, data: &[u8]) -> Result<(), OciError> {
         let seen = self.seen.saturating_add(byte_len(data));
-        if seen > self.size {
+        if let Some(expected) = self.size.filter(|size| seen > *size) {
             return Err(OciError::Size {
                 at: self.at.clone(),
-                expected: self.size,
+                expected,
                 actual: seen,
             });
         }
@@ -177,10 +187,10 @@ impl Verifier {
     /// # Errors
     /// [`OciError::Size`] if it is short, [`OciError::Digest`] if it is other content.
     pub fn finish(self) -> Result<(), OciError> {
-        if !self.is_complete() {
+        if let Some(expected) = self.size.filter(|size| self.seen != *size) {
             return Err(OciError::Size {
                 at: self.at,
-                expected: self.size,
+                expected,
                 actual: self.seen,
             });
         }

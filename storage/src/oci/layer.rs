@@ -7,8 +7,9 @@ use flate2::bufread::MultiGzDecoder;
 
 /// Enough for the largest read a decoder makes at once.
 const BUFFER: usize = 128 << 10;
-/// A zstd frame that wants a larger window (2^27 bytes) to be decoded is refused.
-const MAX_ZSTD_WINDOW_LOG: u32 = 27;
+/// A zstd frame that wants a window of more than 2^26 bytes (64 MiB) is refused: several
+/// layers are decoded at a time.
+const MAX_ZSTD_WINDOW_LOG: u32 = 26;
 
 /// The tar stream inside a layer, which is gzip, zstd or plain by its first bytes;
 /// media types are too often wrong.
