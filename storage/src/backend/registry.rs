@@ -4,11 +4,11 @@
 //! bytes come out through a bounded channel, so a slow receiver slows the transfer
 //! down instead of filling memory. One fetch, top to bottom:
 //!
-//! * [`transfer`]: attempts until every byte is delivered; resumes where one broke;
-//! * [`open`]: one attempt up to the headers, with credentials and redirects;
-//! * [`auth`]: answers challenges, keeps tokens until they expire;
-//! * [`retry`]: what is worth another attempt, and when;
-//! * [`answer`]: what an answer says, in success and in failure.
+//! * `transfer`: attempts until every byte is delivered; resumes where one broke;
+//! * `open`: one attempt up to the headers, with credentials and redirects;
+//! * `auth`: answers challenges, keeps tokens until they expire;
+//! * `retry`: what is worth another attempt, and when;
+//! * `answer`: what an answer says, in success and in failure.
 //!
 //! Promises: credentials go to the registry and its token service only, never to
 //! the host that a redirect points at, and never into logs or errors; nothing waits
