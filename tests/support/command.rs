@@ -4,17 +4,48 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, killpg};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::process::pid_of;
 
-/// Longer than any single step takes on a slow machine; shorter than a job's patience.
+/// Longer than any single step of a test takes on a slow machine.
 const DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long a program may take to end after it was asked to.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Set by the signals that [`stop_on_signals`] takes over. A signal handler can
+/// reach nothing but a static.
+static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// From now on SIGINT and SIGTERM end running commands with an error, so that the
+/// program unwinds and its guards clean up. For programs, not for tests.
+///
+/// # Errors
+/// The system refuses the handlers.
+pub fn stop_on_signals() -> Result<()> {
+    let flag = INTERRUPTED.get_or_init(Arc::default);
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(flag))?;
+    }
+    Ok(())
+}
+
+/// Whether one of those signals has come.
+#[must_use]
+pub fn interrupted() -> bool {
+    INTERRUPTED
+        .get()
+        .is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
 
 /// What a program that came to its end left behind.
 #[derive(Debug)]
@@ -35,20 +66,20 @@ impl Finished {
     }
 }
 
-/// Runs `command` without standard input, unless the caller has set one.
+/// Runs `command` without standard input.
 ///
 /// # Errors
 /// It cannot be started, with what to install; or it does not end within five
-/// minutes, in which case it is killed with its children.
+/// minutes, in which case it is ended with its children.
 pub fn run(command: &mut Command) -> Result<Finished> {
-    run_with(command, Stdio::null())
+    run_within(command, Stdio::null(), DEADLINE)
 }
 
-/// [`run`] with the given standard input.
+/// [`run`] with the given standard input and deadline.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with(command: &mut Command, stdin: Stdio) -> Result<Finished> {
+pub fn run_within(command: &mut Command, stdin: Stdio, deadline: Duration) -> Result<Finished> {
     // Files rather than pipes: nothing to drain, so nothing to block on.
     let mut stdout = tempfile::tempfile().context("cannot make a temporary file")?;
     let mut stderr = tempfile::tempfile().context("cannot make a temporary file")?;
@@ -60,20 +91,20 @@ pub fn run_with(command: &mut Command, stdin: Stdio) -> Result<Finished> {
     let mut child = command
         .spawn()
         .with_context(|| cannot_start(command.get_program()))?;
-    let began = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if began.elapsed() > DEADLINE {
-            killpg(pid_of(&child)?, Signal::SIGKILL)?;
-            child.wait()?;
+    let status = match wait(&mut child, deadline, interrupted)? {
+        Some(status) => status,
+        None => {
+            end_group(&mut child)?;
+            let reason = if interrupted() {
+                "was interrupted"
+            } else {
+                "took too long"
+            };
             bail!(
-                "{command:?} ran for {DEADLINE:?}; stderr: {}",
+                "{command:?} {reason}; its standard error:\n{}",
                 read_all(&mut stderr)?
             );
         }
-        thread::sleep(Duration::from_millis(2));
     };
     Ok(Finished {
         status,
@@ -82,12 +113,47 @@ pub fn run_with(command: &mut Command, stdin: Stdio) -> Result<Finished> {
     })
 }
 
+/// Waits for the end of `child`; `None` if `give_up` says so or the deadline passes.
+fn wait(
+    child: &mut Child,
+    deadline: Duration,
+    give_up: impl Fn() -> bool,
+) -> Result<Option<ExitStatus>> {
+    let began = Instant::now();
+    while began.elapsed() < deadline && !give_up() {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(child.try_wait()?)
+}
+
+/// Ends a program and its children: politely, then not.
+fn end_group(child: &mut Child) -> Result<()> {
+    let group = pid_of(child)?;
+    killpg(group, Signal::SIGTERM)?;
+    if wait(child, PATIENCE, || false)?.is_none() {
+        killpg(group, Signal::SIGKILL)?;
+        child.wait()?;
+    }
+    Ok(())
+}
+
 /// [`run`], where anything but success is an error that carries standard error.
 ///
 /// # Errors
 /// As [`run`]; or the program failed.
 pub fn succeed(command: &mut Command) -> Result<Finished> {
-    let finished = run(command)?;
+    succeed_within(command, DEADLINE)
+}
+
+/// [`succeed`] with another deadline.
+///
+/// # Errors
+/// As [`succeed`].
+pub fn succeed_within(command: &mut Command, deadline: Duration) -> Result<Finished> {
+    let finished = run_within(command, Stdio::null(), deadline)?;
     ensure!(
         finished.status.success(),
         "{command:?} ended with {}\n{}{}",

@@ -132,15 +132,14 @@ fn write_list(list: &Path, names: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-/// Every entry below `root`, by path.
+/// `root` itself as `.`, and every entry below it, by path.
 fn looks(root: &Path) -> Result<BTreeMap<OsString, Look>> {
-    let mut found = BTreeMap::new();
+    let top = fs::symlink_metadata(root).with_context(|| cannot_list(root))?;
+    let mut found = BTreeMap::from([(OsString::from("."), look(root, &top)?)]);
     let mut pending = vec![PathBuf::new()];
     while let Some(relative) = pending.pop() {
         let directory = root.join(&relative);
-        let entries = fs::read_dir(&directory)
-            .with_context(|| format!("cannot list {}", directory.display()))?;
-        for entry in entries {
+        for entry in fs::read_dir(&directory).with_context(|| cannot_list(&directory))? {
             let entry = entry?;
             let path = join(&relative, &entry.file_name());
             let meta = entry.metadata()?;
@@ -151,6 +150,10 @@ fn looks(root: &Path) -> Result<BTreeMap<OsString, Look>> {
         }
     }
     Ok(found)
+}
+
+fn cannot_list(directory: &Path) -> String {
+    format!("cannot list {}", directory.display())
 }
 
 /// `Path::join` without surprises: names are never absolute here.
@@ -199,7 +202,7 @@ mod tests {
         fs::write(upper.join("new"), "").unwrap();
 
         let changes = changes(Some(&lower), &upper).unwrap();
-        assert_eq!(changes.present, ["grown", "new"]);
+        assert_eq!(changes.present, [".", "grown", "new"]);
         assert_eq!(changes.removed, ["gone"]);
 
         let tar = scratch.path().join("layer.tar");
@@ -207,6 +210,6 @@ mod tests {
         let listed = succeed(Command::new("tar").arg("-tf").arg(&tar))
             .unwrap()
             .stdout;
-        assert_eq!(listed, "grown\nnew\n.wh.gone\n");
+        assert_eq!(listed, "./\ngrown\nnew\n.wh.gone\n");
     }
 }
