@@ -1,5 +1,5 @@
-//! Mounts that go away with their owner: `nydusd` on a mount point, and the
-//! kernel's own EROFS.
+//! Mounts that go away with their owner: `nydusd` on a mount point, the kernel's
+//! own EROFS, and a disk that is soon full.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
 use crate::command::succeed;
@@ -128,6 +128,56 @@ impl KernelMount {
 }
 
 impl Drop for KernelMount {
+    fn drop(&mut self) {
+        detach(&self.point);
+    }
+}
+
+/// A file system in memory that is soon full.
+#[derive(Debug)]
+pub struct Tmpfs {
+    point: PathBuf,
+}
+
+impl Tmpfs {
+    /// Mounts one with room for `bytes` on `point`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn mount(point: &Path, bytes: u64) -> Result<Self> {
+        let options = format!("size={bytes}");
+        mount(
+            Some("tmpfs"),
+            point,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .with_context(|| format!("cannot mount a tmpfs on {}", point.display()))?;
+        Ok(Self {
+            point: point.to_owned(),
+        })
+    }
+
+    /// Makes room for `bytes`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        let options = format!("size={bytes}");
+        let nothing: Option<&str> = None;
+        mount(
+            nothing,
+            &self.point,
+            nothing,
+            MsFlags::MS_REMOUNT,
+            Some(options.as_str()),
+        )
+        .with_context(|| format!("cannot resize {}", self.point.display()))
+    }
+}
+
+impl Drop for Tmpfs {
     fn drop(&mut self) {
         detach(&self.point);
     }

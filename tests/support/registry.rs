@@ -48,8 +48,10 @@ pub struct Traffic {
     pub requests: u64,
     /// Bytes of the bodies of successful answers.
     pub bytes: u64,
-    /// Blobs and manifests that were written.
-    pub writes: u64,
+    /// Blobs that were written.
+    pub blobs_written: u64,
+    /// Manifests and indexes that were written.
+    pub manifests_written: u64,
 }
 
 impl Registry {
@@ -116,7 +118,9 @@ impl Registry {
             }
             traffic.requests += 1;
             traffic.bytes += request.bytes;
-            traffic.writes += u64::from(request.method == "PUT");
+            let is = |part| request.method == "PUT" && request.path.contains(part);
+            traffic.blobs_written += u64::from(is("/blobs/"));
+            traffic.manifests_written += u64::from(is("/manifests/"));
         }
         traffic
     }
@@ -270,6 +274,7 @@ fn configuration(scratch: &Path, host: &str, auth: &Auth) -> Result<PathBuf> {
 /// One line of the access log, in Apache's combined format.
 struct Request<'l> {
     method: &'l str,
+    path: &'l str,
     status: u16,
     bytes: u64,
 }
@@ -282,12 +287,14 @@ impl<'l> Request<'l> {
         if !head.contains(" - - [") {
             return None;
         }
-        let method = parts.next()?.split(' ').next()?;
+        let (method, target) = parts.next()?.split_once(' ')?;
+        let path = target.split([' ', '?']).next()?;
         let mut numbers = parts.next()?.split_whitespace();
         let status = numbers.next()?.parse().ok()?;
         let bytes = numbers.next()?.parse().ok()?;
         Some(Self {
             method,
+            path,
             status,
             bytes,
         })
@@ -306,6 +313,7 @@ mod tests {
             (request.method, request.status, request.bytes),
             ("GET", 206, 4096)
         );
+        assert_eq!(request.path, "/v2/a/blobs/sha256:1");
         assert!(Request::parse(r#"time="now" level=info msg="listening""#).is_none());
     }
 
