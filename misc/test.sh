@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$HOME/.cargo/bin:$PATH"
+# Errors of tests carry their whole chain; where it was made helps nobody.
+export RUST_LIB_BACKTRACE=0
 
 stage() {
   local name=$1 began=$SECONDS

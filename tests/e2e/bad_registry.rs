@@ -72,7 +72,7 @@ fn downloads_that_fail_for_good() {
     let stage = Stage::new();
     for (path, fault, words) in [
         ("/manifests/", status(401), &["401"][..]),
-        ("/manifests/", status(404), &["404"]),
+        ("/manifests/", status(404), &["not found"]),
         ("/manifests/", status(500), &["500"]),
         ("/manifests/", Fault::Garble, &[]),
         ("/manifests/", Fault::Hangup, &[]),

@@ -11,7 +11,10 @@
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`help`]: what the programs say about themselves
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails where it stands")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on fails where it stands"
+)]
 
 mod bad_build;
 mod bad_mount;

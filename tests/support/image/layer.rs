@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use nix::sys::stat::SFlag;
 
 use crate::command::succeed;
 
@@ -25,12 +26,18 @@ struct Look {
     target: Option<PathBuf>,
 }
 
+impl Look {
+    fn is_directory(&self) -> bool {
+        self.mode & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits()
+    }
+}
+
 /// The entries of one layer, by path relative to the root, sorted.
 #[derive(Debug, Default)]
 pub struct Changes {
     /// New or different.
     pub present: Vec<OsString>,
-    /// Gone; entries below a directory that is gone are not listed.
+    /// Gone; entries below a directory that is gone, or is none now, are not listed.
     pub removed: Vec<OsString>,
 }
 
@@ -52,7 +59,12 @@ pub fn changes(lower: Option<&Path>, upper: &Path) -> Result<Changes> {
             .parent()
             .map(Path::as_os_str)
             .unwrap_or_default();
-        if parent.is_empty() || above.contains_key(parent) {
+        let parent = above.get(if parent.is_empty() {
+            OsStr::new(".")
+        } else {
+            parent
+        });
+        if parent.is_some_and(Look::is_directory) {
             changes.removed.push(path.clone());
         }
     }
@@ -194,15 +206,19 @@ mod tests {
         let (lower, upper) = (scratch.path().join("lower"), scratch.path().join("upper"));
         fs::create_dir_all(lower.join("gone/deep")).unwrap();
         fs::write(lower.join("gone/deep/file"), "").unwrap();
+        fs::create_dir(lower.join("turned")).unwrap();
+        fs::write(lower.join("turned/file"), "").unwrap();
         fs::write(lower.join("kept"), "same").unwrap();
         fs::write(lower.join("grown"), "a").unwrap();
         succeed(Command::new("cp").arg("-a").arg(&lower).arg(&upper)).unwrap();
         fs::remove_dir_all(upper.join("gone")).unwrap();
         fs::write(upper.join("grown"), "ab").unwrap();
         fs::write(upper.join("new"), "").unwrap();
+        fs::remove_dir_all(upper.join("turned")).unwrap();
+        fs::write(upper.join("turned"), "a file now").unwrap();
 
         let changes = changes(Some(&lower), &upper).unwrap();
-        assert_eq!(changes.present, [".", "grown", "new"]);
+        assert_eq!(changes.present, [".", "grown", "new", "turned"]);
         assert_eq!(changes.removed, ["gone"]);
 
         let tar = scratch.path().join("layer.tar");
@@ -210,6 +226,6 @@ mod tests {
         let listed = succeed(Command::new("tar").arg("-tf").arg(&tar))
             .unwrap()
             .stdout;
-        assert_eq!(listed, "./\ngrown\nnew\n.wh.gone\n");
+        assert_eq!(listed, "./\ngrown\nnew\nturned\n.wh.gone\n");
     }
 }
