@@ -118,6 +118,14 @@ pub enum OciError {
         /// The failure.
         source: std::io::Error,
     },
+    /// The HTTP client cannot be set up, which needs the certificates of the system.
+    #[error("{at}: HTTP and HTTPS need CA certificates; install the package ca-certificates")]
+    Setup {
+        /// The registry.
+        at: String,
+        /// The failure.
+        source: Cause,
+    },
     /// The docker configuration cannot be used.
     #[error("credentials for {host}: {reason}")]
     Credentials {
