@@ -267,11 +267,11 @@ fn images_that_cannot_be_mounted() {
     let stage = Stage::new();
     let point = stage.scene.dir("point");
     for (path, fault, word) in [
-        ("/manifests/", Fault::Status(404, Vec::new()), "404"),
+        ("/manifests/", Fault::Status(404, Vec::new()), "not found"),
         ("/manifests/", Fault::Status(401, Vec::new()), "401"),
         ("/manifests/", Fault::Status(500, Vec::new()), "500"),
         ("/manifests/", Fault::Garble, "app"),
-        ("/blobs/", Fault::Status(404, Vec::new()), "404"),
+        ("/blobs/", Fault::Status(404, Vec::new()), "not found"),
         ("/blobs/", Fault::Garble, "sha256"),
         ("/blobs/", Fault::CloseAfter(100), "sha256"),
     ] {

@@ -16,10 +16,18 @@ fn the_kernel_reads_what_we_write() {
     let source = scene.nasty_tree(Options::default());
     let build = scene.create("image", &["--compressor", "none"], &source);
 
-    succeed(Command::new("dump.erofs").arg("-s").arg(&build.bootstrap)).unwrap();
-    succeed(Command::new("fsck.erofs").arg(&build.bootstrap)).unwrap();
-
     let devices = resident_blobs(&scene, &build);
+    for (program, option) in [("dump.erofs", "-s"), ("fsck.erofs", "-d1")] {
+        let mut command = Command::new(program);
+        command.arg(option);
+        command.args(
+            devices
+                .iter()
+                .map(|device| format!("--device={}", device.display())),
+        );
+        succeed(command.arg(&build.bootstrap)).unwrap();
+    }
+
     let point = scene.new_point();
     let mount = KernelMount::erofs(&build.bootstrap, &devices, &point).unwrap();
     assert_same_tree(&source, &point);
