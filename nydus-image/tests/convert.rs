@@ -3,6 +3,10 @@
 //! The model applies layers to a map of paths, as the image specification says. The
 //! converted image is read back the long way: index, manifest, bootstrap layer,
 //! bootstrap, chunks, blobs.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, in helpers too"
+)]
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
