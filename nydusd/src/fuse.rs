@@ -34,7 +34,8 @@ use rafs::image::Image;
 use rafs::units::Nid;
 use storage::BlobIndex;
 use storage::backend::Priority;
-use storage::blob::{Blob, Served};
+use storage::blob::{Blob, ChunkSpan};
+use storage::error::ReadError;
 
 use crate::errno::{Failures, FsError};
 use node::{Slot, attributes, dirent_type};
@@ -52,11 +53,11 @@ pub(crate) struct RafsFs {
     failures: Failures,
 }
 
-/// Bytes of one blob that are consecutive in a file: extents, joined.
+/// What a read needs from one blob: consecutive in the file, in file order.
 #[derive(Debug, PartialEq, Eq)]
-struct Run {
+struct Part {
     blob: BlobIndex,
-    plain: Range<u64>,
+    spans: Vec<ChunkSpan>,
 }
 
 impl RafsFs {
@@ -133,35 +134,26 @@ impl RafsFs {
         self.entry(nid).unwrap_or_default()
     }
 
-    /// The runs that hold a file range, in order, without holes; the range is
+    /// The parts that hold a file range, in order, without holes; the range is
     /// cut at the end of the file.
-    fn runs(
-        &self,
-        node: u64,
-        offset: u64,
-        size: u32,
-        mut each: impl FnMut(Run) -> Result<(), FsError>,
-    ) -> Result<(), FsError> {
+    fn plan(&self, node: u64, offset: u64, size: u32) -> Result<Vec<Part>, FsError> {
         let range = offset..offset.saturating_add(u64::from(size));
-        let mut open: Option<Run> = None;
+        let mut parts: Vec<Part> = Vec::new();
         for extent in self.image.extents(self.nid(node)?, range) {
             let extent = extent?;
-            match &mut open {
-                Some(run) if run.blob == extent.blob && run.plain.end == extent.plain.start => {
-                    run.plain.end = extent.plain.end;
-                }
-                _ => {
-                    let next = Run {
-                        blob: extent.blob,
-                        plain: extent.plain,
-                    };
-                    if let Some(run) = open.replace(next) {
-                        each(run)?;
-                    }
-                }
+            let span = ChunkSpan {
+                chunk: extent.chunk,
+                plain: extent.plain,
+            };
+            match parts.last_mut() {
+                Some(part) if part.blob == extent.blob => part.spans.push(span),
+                _ => parts.push(Part {
+                    blob: extent.blob,
+                    spans: vec![span],
+                }),
             }
         }
-        open.map_or(Ok(()), each)
+        Ok(parts)
     }
 
     fn blob(&self, index: BlobIndex) -> Result<&Blob, FsError> {
@@ -171,47 +163,96 @@ impl RafsFs {
             .ok_or(FsError::UnknownBlob(index))
     }
 
-    /// Copies one run into the reply; waits until it is resident.
-    fn copy(&self, run: Run, out: &mut dyn ZeroCopyWriter) -> Result<usize, FsError> {
-        let len = usize::try_from(run.plain.end.saturating_sub(run.plain.start))
-            .map_err(|_too_large| FsError::Reply(io::ErrorKind::InvalidInput.into()))?;
+    /// Waits until a part is in the cache, as far as the cache takes it.
+    fn fill(&self, part: &Part) -> Result<(), FsError> {
         match self
-            .blob(run.blob)?
-            .read(run.plain.clone(), Priority::OnDemand)?
+            .blob(part.blob)?
+            .ensure_spans(&part.spans, Priority::OnDemand)
         {
-            Served::File(file) => copy_file(file, run.plain.start, len, out),
-            Served::Memory(bytes) => out.write_all(&bytes),
+            // Could be fetched but not kept: the copy goes by way of memory.
+            Ok(()) | Err(ReadError::Cache { .. }) => Ok(()),
+            Err(err) => Err(err.into()),
         }
-        .map_err(FsError::Reply)?;
-        Ok(len)
+    }
+
+    /// Copies one part into the reply; waits until it is resident.
+    fn copy(&self, part: &Part, out: &mut dyn ZeroCopyWriter) -> Result<usize, FsError> {
+        let blob = self.blob(part.blob)?;
+        let mut done = 0;
+        match (
+            blob.ensure_spans(&part.spans, Priority::OnDemand),
+            blob.cache_file(),
+        ) {
+            (Ok(()), Some(file)) => {
+                for run in joined(&part.spans) {
+                    done += copy_file(file, &run, out).map_err(FsError::Reply)?;
+                }
+            }
+            // The cache cannot be written: the bytes come by way of memory.
+            (Ok(()) | Err(ReadError::Cache { .. }), _) => {
+                for span in &part.spans {
+                    let mut bytes = vec![0; len(&span.plain)?];
+                    blob.read_span(span, &mut bytes, Priority::OnDemand)?;
+                    out.write_all(&bytes).map_err(FsError::Reply)?;
+                    done += bytes.len();
+                }
+            }
+            (Err(error), _) => return Err(error.into()),
+        }
+        Ok(done)
     }
 }
 
-/// Reads `len` bytes at `at` straight into the reply buffer.
+/// The bytes of spans, with neighbours joined: one system call each.
+fn joined(spans: &[ChunkSpan]) -> impl Iterator<Item = Range<u64>> + '_ {
+    let touching = |a: &ChunkSpan, b: &ChunkSpan| a.plain.end == b.plain.start;
+    spans
+        .chunk_by(touching)
+        .filter_map(|run| Some(run.first()?.plain.start..run.last()?.plain.end))
+}
+
+fn len(range: &Range<u64>) -> Result<usize, FsError> {
+    // Never fails: a request is for at most a few MiB.
+    usize::try_from(range.end.saturating_sub(range.start))
+        .map_err(|_too_large| FsError::Reply(io::ErrorKind::InvalidInput.into()))
+}
+
+/// Reads a range of `file` straight into the reply buffer; says how long it was.
 fn copy_file(
     file: &std::fs::File,
-    at: u64,
-    len: usize,
+    range: &Range<u64>,
     out: &mut dyn ZeroCopyWriter,
-) -> io::Result<()> {
+) -> io::Result<usize> {
     use std::mem::ManuallyDrop;
     use std::os::fd::{AsRawFd as _, FromRawFd as _};
+    let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
     // The library wants `&mut File` although it only ever calls preadv on it.
     // SAFETY: the descriptor is open while `file` is borrowed, and ManuallyDrop
     // keeps this second owner from closing it.
     let mut alias = ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(file.as_raw_fd()) });
-    out.write_all_from(&mut *alias, len, at)
+    out.write_all_from(&mut *alias, len, range.start)?;
+    Ok(len)
 }
 
 impl workers::Residency for RafsFs {
     fn is_resident(&self, node: u64, offset: u64, size: u32) -> bool {
-        let mut resident = true;
-        let planned = self.runs(node, offset, size, |run| {
-            resident = resident && self.blob(run.blob)?.is_resident(run.plain);
-            Ok(())
-        });
-        // A read that cannot even be planned fails at once.
-        resident || planned.is_err()
+        let Ok(parts) = self.plan(node, offset, size) else {
+            return true;
+        };
+        parts.iter().all(|part| {
+            // What cannot be planned or found fails at once.
+            let Ok(blob) = self.blob(part.blob) else {
+                return true;
+            };
+            part.spans.iter().all(|span| blob.is_span_resident(span))
+        })
+    }
+
+    fn make_resident(&self, node: u64, offset: u64, size: u32) -> io::Result<()> {
+        let made = self
+            .plan(node, offset, size)
+            .and_then(|parts| parts.iter().try_for_each(|part| self.fill(part)));
+        made.map_err(|err| self.fail("read", node, err))
     }
 }
 
@@ -293,14 +334,12 @@ impl FileSystem for RafsFs {
         _owner: Option<u64>,
         _flags: u32,
     ) -> io::Result<usize> {
-        let mut done = 0;
-        let copied = self.runs(node, offset, size, |run| {
-            done += self.copy(run, out)?;
-            Ok(())
+        let copied = self.plan(node, offset, size).and_then(|parts| {
+            parts
+                .iter()
+                .try_fold(0, |done, part| Ok(done + self.copy(part, out)?))
         });
-        copied
-            .map(|()| done)
-            .map_err(|err| self.fail("read", node, err))
+        copied.map_err(|err| self.fail("read", node, err))
     }
 
     fn readdir(

@@ -3,6 +3,11 @@
 //! Needs root and `/dev/fuse`. Every test builds its own small image with the
 //! libraries and mounts it in a directory of its own; a test that fails takes
 //! its daemon and its mount down all the same ([`daemon::Daemon`]).
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic_in_result_fn,
+    reason = "a test ends with a panic, also in its helpers"
+)]
 
 mod daemon;
 mod failures;

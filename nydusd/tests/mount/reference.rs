@@ -264,9 +264,11 @@ fn a_stalled_registry_stalls_only_its_readers() {
     let root = daemon.mountpoint.clone();
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
-        let count = fs::read_dir(&root)
-            .unwrap()
-            .map(|e| e.unwrap().metadata().unwrap())
+        let entries: Vec<_> = fs::read_dir(&root).unwrap().collect();
+        let count = entries
+            .into_iter()
+            .flatten()
+            .flat_map(|entry| entry.metadata())
             .count();
         sender.send(count)
     });
