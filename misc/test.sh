@@ -7,6 +7,11 @@ cd "$(dirname "$0")/.."
 export PATH="$HOME/.cargo/bin:$PATH"
 # Errors of tests carry their whole chain; where it was made helps nobody.
 export RUST_LIB_BACKTRACE=0
+# Images written by Nydus v2.4, if they lie beside the checkout.
+if [ -z "${NYDUS_FIXTURES:-}" ] && [ -d ../shared/fixtures ]; then
+  NYDUS_FIXTURES=$(cd ../shared/fixtures && pwd)
+  export NYDUS_FIXTURES
+fi
 
 stage() {
   local name=$1 began=$SECONDS
