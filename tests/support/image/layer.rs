@@ -56,11 +56,6 @@ pub fn changes(lower: Option<&Path>, upper: &Path) -> Result<Changes> {
             changes.present.insert(path.clone());
         }
     }
-    // Directory by directory: `tar -x` sets a directory's time when it leaves it, and
-    // in the order of bytes `a.b` comes between `a` and `a/c`.
-    changes
-        .present
-        .sort_by(|one, other| Path::new(one).cmp(Path::new(other)));
     for path in below.keys().filter(|path| !above.contains_key(*path)) {
         if path
             .parent()
