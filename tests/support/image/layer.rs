@@ -32,8 +32,9 @@ impl Look {
     }
 }
 
-/// The entries of one layer, by path relative to the root, directories before what
-/// is in them.
+/// The entries of one layer, by path relative to the root, directory by directory:
+/// `tar -x` sets the time of a directory when it leaves it, and in the order of bytes
+/// `a.b` would come between `a` and `a/c`.
 #[derive(Debug, Default)]
 pub struct Changes {
     /// New or different; and, as containerd does, every directory on the way to an
@@ -56,11 +57,6 @@ pub fn changes(lower: Option<&Path>, upper: &Path) -> Result<Changes> {
             changes.present.insert(path.clone());
         }
     }
-    // Directory by directory: `tar -x` sets a directory's time when it leaves it, and
-    // in the order of bytes `a.b` comes between `a` and `a/c`.
-    changes
-        .present
-        .sort_by(|one, other| Path::new(one).cmp(Path::new(other)));
     for path in below.keys().filter(|path| !above.contains_key(*path)) {
         if path
             .parent()
