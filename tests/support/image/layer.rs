@@ -32,8 +32,9 @@ impl Look {
     }
 }
 
-/// The entries of one layer, by path relative to the root, directories before what
-/// is in them.
+/// The entries of one layer, by path relative to the root, directory by directory:
+/// `tar -x` sets the time of a directory when it leaves it, and in the order of bytes
+/// `a.b` would come between `a` and `a/c`.
 #[derive(Debug, Default)]
 pub struct Changes {
     /// New or different; and, as containerd does, every directory on the way to an
