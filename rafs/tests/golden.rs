@@ -184,3 +184,19 @@ fn the_golden_image_reads_back() {
         [(0, 4000..4096, 4000, 4000), (1, 4096..5000, 0, 4096)]
     );
 }
+
+/// Digests prove content; the place of a chunk is checked against the image as well.
+#[test]
+fn the_image_says_where_chunks_belong() {
+    use storage::digest::ChunkDigests as _;
+    use storage::{BlobIndex, ChunkIndex};
+
+    let bytes = include_bytes!("data/tiny.boot").to_vec();
+    let image = std::sync::Arc::new(rafs::Image::from_bytes(bytes).unwrap());
+    let digests = image.digests(BlobIndex::new(0));
+    let place = |index| digests.chunk_plain_offset(ChunkIndex::new(index));
+    assert_eq!(
+        [place(0), place(1), place(2), place(3)],
+        [Some(0), Some(0x1000), Some(0x2000), None]
+    );
+}

@@ -43,6 +43,12 @@ impl ChunkDigests for BlobDigests {
         let record = self.image.raw_chunks().get(position)?;
         Some(Digest::from_bytes(record.digest))
     }
+
+    fn chunk_plain_offset(&self, index: ChunkIndex) -> Option<u64> {
+        let position = self.image.chunk_position(self.blob, index)?;
+        let record = self.image.raw_chunks().get(position)?;
+        Some(record.uncompressed_offset.get())
+    }
 }
 
 /// Sort key of a record. A blob index beyond 8 bits or a chunk index beyond 24
