@@ -27,7 +27,7 @@ use nydus_rafs::metadata::{RafsInodeExt, RafsInodeWalkAction, RafsSuper};
 use serde_json::json;
 use vm_memory::VolatileSlice;
 
-use crate::describe::{Entry, FileFacts, hash, join, name_hard_links};
+use crate::describe::{Entry, FileFacts, hash, join, name_hard_links, text};
 
 /// Bytes asked for at once: what the kernel asks of a FUSE server at most.
 const PIECE: u32 = 1 << 20;
@@ -71,34 +71,48 @@ impl Reader {
 
     fn tree(&self) -> Result<Vec<Entry>> {
         let root = self.meta.superblock.root_ino();
+        let root = self
+            .meta
+            .get_extended_inode(root, true)
+            .context("root inode")?;
         let mut found = Vec::new();
-        self.walk(root, b"/", &mut found)?;
+        self.walk(&root, b"/", &mut found)?;
         found.sort_by(|a, b| a.0.path.cmp(&b.0.path));
         let (mut tree, inodes): (Vec<_>, Vec<_>) = found.into_iter().unzip();
         name_hard_links(&mut tree, &inodes);
         Ok(tree)
     }
 
-    fn walk(&self, ino: u64, path: &[u8], found: &mut Vec<(Entry, u64)>) -> Result<()> {
-        let at = || OsString::from_vec(path.to_vec()).display().to_string();
-        let inode = self.meta.get_extended_inode(ino, true).with_context(at)?;
+    /// Children are reached by name: looked up by number, the crate only knows directories.
+    fn walk(
+        &self,
+        inode: &Arc<dyn RafsInodeExt>,
+        path: &[u8],
+        found: &mut Vec<(Entry, u64)>,
+    ) -> Result<()> {
         let limit = self.meta.get_max_ino();
         inode
             .validate(limit, u64::from(self.meta.meta.chunk_size))
-            .with_context(|| format!("validate {}", at()))?;
-        let entry = self.entry(inode.as_ref(), path).with_context(at)?;
+            .with_context(|| format!("validate {}", text(path)))?;
+        let entry = self
+            .entry(inode.as_ref(), path)
+            .with_context(|| text(path))?;
         let is_dir = entry.is_dir();
-        found.push((entry, ino));
+        found.push((entry, inode.ino()));
         if is_dir {
-            for (name, child) in children(inode.as_ref()).with_context(at)? {
-                let found_ino = inode.get_child_by_name(&name).with_context(at)?.ino();
-                if found_ino != child {
+            for (name, number) in children(inode.as_ref()).with_context(|| text(path))? {
+                let path = join(path, name.as_bytes());
+                let child = inode
+                    .get_child_by_name(&name)
+                    .with_context(|| text(&path))?;
+                if child.ino() != number {
+                    let found = child.ino();
                     bail!(
-                        "{}: lookup of {name:?} gives {found_ino}, listing {child}",
-                        at()
+                        "{}: lookup finds inode {found}, listing {number}",
+                        text(&path)
                     );
                 }
-                self.walk(child, &join(path, name.as_bytes()), found)?;
+                self.walk(&child, &path, found)?;
             }
         }
         Ok(())
@@ -245,7 +259,7 @@ impl ZeroCopyWriter for Sink<'_> {
 
 /// Local blobs, a file cache in `cache`, chunk validation on, no prefetch.
 fn config(blob_dir: &Path, cache: &Path) -> Result<Arc<ConfigV2>> {
-    let text = json!({
+    let settings = json!({
         "version": 2,
         "backend": { "type": "localfs", "localfs": { "dir": blob_dir } },
         "cache": {
@@ -255,6 +269,7 @@ fn config(blob_dir: &Path, cache: &Path) -> Result<Arc<ConfigV2>> {
         },
         "rafs": { "mode": "direct", "enable_xattr": true },
     });
-    let config = ConfigV2::from_str(&text.to_string()).context("configuration of the reader")?;
+    let config =
+        ConfigV2::from_str(&settings.to_string()).context("configuration of the reader")?;
     Ok(Arc::new(config))
 }
