@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::digest::Digest;
+
 /// Name of a blob, 1 to 64 bytes; usually the SHA-256 of its file in hexadecimal.
 ///
 /// It becomes a file name in the cache directory and a path segment of a URL,
@@ -37,6 +39,13 @@ impl BlobId {
             return Err(InvalidBlobId(id.to_owned()));
         }
         Ok(Self(id.into()))
+    }
+
+    /// The usual name of a blob: a SHA-256 in hexadecimal.
+    #[must_use]
+    pub fn from_digest(digest: &Digest) -> Self {
+        // 64 hexadecimal digits are always allowed.
+        Self(digest.to_string().into())
     }
 
     /// What the blob table of a bootstrap that is embedded in its own blob holds,
@@ -95,5 +104,7 @@ mod tests {
             assert_eq!(BlobId::new(good).unwrap().as_str(), good);
         }
         assert!(BlobId::placeholder().is_placeholder());
+        let id = BlobId::from_digest(&Digest::from_bytes([0xab; 32]));
+        assert_eq!(BlobId::new(&"ab".repeat(32)), Ok(id));
     }
 }

@@ -1,1 +1,647 @@
 //! Writes one blob file front to back: chunk data, tables, tar headers.
+//!
+//! Chunks arrive digested and compressed, in the order in which they are to be
+//! stored; only batches of small chunks are compressed here. [`BlobWriter::finish`]
+//! adds the sections that the variant has and says what a bootstrap must know.
+//!
+//! Promises: never seeks, so the output may be a pipe; the same chunks and options
+//! give the same bytes; memory holds the chunk table (16 or 24 bytes per chunk),
+//! the digests if they are stored (32 bytes per chunk), and one batch. The id and
+//! the SHA-256 of the file are computed on the way.
+//!
+//! Layout variants: `docs/format-blob.md`, "Layout of a blob file".
+#![forbid(unsafe_code)]
+
+mod hashing;
+#[cfg(test)]
+mod tests;
+
+use std::error::Error as StdError;
+use std::io::Write;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::algorithm::{Compressor, Digester};
+use crate::blob_id::BlobId;
+use crate::blob_info::{BlobFeatures, BlobInfo, MetaLocation};
+use crate::codec::{self, CodecError, Encoder, as_u64};
+use crate::digest::Digest;
+use crate::format::FormatError;
+use crate::format::chunk_table::{Builder, Layout};
+use crate::format::context::BatchContext;
+use crate::format::entry::{Entry, flags};
+use crate::format::header::{ContextArea, Header};
+use crate::format::tar_header::{self, names};
+use crate::format::toc::{Toc, TocEntry};
+use crate::units::{BLOCK_SIZE, ChunkIndex};
+
+use hashing::HashingSink;
+
+/// How a blob is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlobOptions {
+    /// Of chunks, batches and the chunk table.
+    pub compressor: Compressor,
+    /// Of chunk digests.
+    pub digester: Digester,
+    /// Largest chunk in bytes: a power of two from 4 KiB to 16 MiB.
+    pub chunk_size: u32,
+    /// End the file with chunk digests and a table of contents.
+    pub blob_toc: bool,
+    /// Embed the bootstrap.
+    pub inline_bootstrap: bool,
+    /// Use 24-byte table entries, which carry a CRC32C. Batches imply them.
+    pub chunk_info_v2: bool,
+    /// Bytes of small chunks that are compressed together: 0 for never, or a power
+    /// of two from 4 KiB to `chunk_size`.
+    pub batch_size: u32,
+}
+
+impl Default for BlobOptions {
+    fn default() -> Self {
+        Self {
+            compressor: Compressor::default(),
+            digester: Digester::default(),
+            chunk_size: 1 << 20,
+            blob_toc: false,
+            inline_bootstrap: false,
+            chunk_info_v2: false,
+            batch_size: 0,
+        }
+    }
+}
+
+impl BlobOptions {
+    /// Whether a chunk of `size` bytes is to be given as [`ChunkData::Batched`].
+    ///
+    /// * `whole_file`: whether its file consists of this chunk alone.
+    #[must_use]
+    pub fn batches(&self, size: u32, whole_file: bool) -> bool {
+        whole_file && size < self.batch_size / 2
+    }
+
+    fn layout(&self) -> Layout {
+        match (self.batch_size, self.chunk_info_v2) {
+            (0, false) => Layout::V1,
+            (0, true) => Layout::V2,
+            _ => Layout::Batch,
+        }
+    }
+
+    /// Whether sections are followed by tar headers.
+    fn has_tar_headers(&self) -> bool {
+        self.blob_toc || self.inline_bootstrap
+    }
+
+    fn features(&self) -> BlobFeatures {
+        let mut features = BlobFeatures::ALIGNED | BlobFeatures::CAP_TAR_TOC;
+        for (wanted, feature) in [
+            (self.has_tar_headers(), BlobFeatures::HAS_TAR_HEADER),
+            (
+                self.blob_toc,
+                BlobFeatures::HAS_TOC | BlobFeatures::INLINED_CHUNK_DIGEST,
+            ),
+            (self.inline_bootstrap, BlobFeatures::INLINED_FS_META),
+            (self.layout() != Layout::V1, BlobFeatures::CHUNK_INFO_V2),
+            (self.layout() == Layout::Batch, BlobFeatures::BATCH),
+        ] {
+            if wanted {
+                features = features | feature;
+            }
+        }
+        features
+    }
+
+    fn check(&self) -> Result<(), WriteError> {
+        let size_ok = |size: u32| size.is_power_of_two() && (1 << 12..=1 << 24).contains(&size);
+        if !size_ok(self.chunk_size) {
+            return Err(WriteError::Options {
+                field: "chunk size",
+                value: self.chunk_size,
+            });
+        }
+        if self.batch_size != 0 && !(size_ok(self.batch_size) && self.batch_size <= self.chunk_size)
+        {
+            return Err(WriteError::Options {
+                field: "batch size",
+                value: self.batch_size,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A chunk that is ready to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct PreparedChunk<'a> {
+    /// Digest of the uncompressed bytes, by the blob's digester.
+    pub digest: Digest,
+    /// Length of the uncompressed bytes, 1 to the chunk size.
+    pub uncompressed_size: u32,
+    /// CRC32C of the uncompressed bytes.
+    pub crc32c: u32,
+    /// What to store.
+    pub data: ChunkData<'a>,
+}
+
+/// The bytes of a chunk.
+#[derive(Clone, Copy, Debug)]
+pub enum ChunkData<'a> {
+    /// Compressed, strictly smaller than the uncompressed bytes.
+    Compressed(&'a [u8]),
+    /// Uncompressed, because compression does not make them smaller.
+    Raw(&'a [u8]),
+    /// Uncompressed, to be compressed here with its neighbours; for chunks that
+    /// [`BlobOptions::batches`] names.
+    Batched(&'a [u8]),
+}
+
+/// Where a chunk went: what its record in a bootstrap says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredChunk {
+    /// Position in the chunk table.
+    pub index: ChunkIndex,
+    /// Whether it is stored compressed; false in a batch.
+    pub compressed: bool,
+    /// Stored length; 0 in a batch.
+    pub compressed_size: u32,
+    /// Start in the blob file; 0 in a batch.
+    pub compressed_offset: u64,
+    /// Start in the uncompressed address space.
+    pub uncompressed_offset: u64,
+}
+
+/// A blob that is complete.
+#[derive(Clone, Debug)]
+pub struct FinishedBlob {
+    /// The row of a blob table; `None` if no chunk was stored.
+    ///
+    /// With an embedded bootstrap the id is the real one, all else is as that
+    /// bootstrap says it: it does not know the bytes after itself.
+    pub info: Option<BlobInfo>,
+    /// Id by the exclusion rule of `docs/format-blob.md`, "Blob ids".
+    pub id: BlobId,
+    /// SHA-256 of the whole file, by which registries name it.
+    pub file_sha256: Digest,
+    /// Length of the file. 0 means that there is no blob: nothing was stored and
+    /// nothing is embedded.
+    pub file_size: u64,
+    /// Length of the table of contents with its tar header; 0 if there is none.
+    pub toc_size: u32,
+    /// SHA-256 of it; zero if there is none.
+    pub toc_digest: Digest,
+    /// Content of the `.blob.meta` file of a cache directory; empty if no chunk was stored.
+    pub cct: Vec<u8>,
+}
+
+/// Why a blob could not be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The output failed.
+    #[error("writing the blob at byte {at}")]
+    Io {
+        /// Position in the blob file.
+        at: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// An option has a value that the format does not allow.
+    #[error("{field} {value} is not a power of two in the allowed range")]
+    Options {
+        /// The option.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+    },
+    /// The caller's chunk contradicts itself or the options.
+    #[error("chunk {index}: {problem}")]
+    Chunk {
+        /// Position the chunk would have had.
+        index: u32,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// The blob exceeds a limit of the format.
+    #[error("the blob cannot be stored in this format")]
+    Limit {
+        /// Which limit.
+        #[from]
+        source: FormatError,
+    },
+    /// A batch or table could not be compressed.
+    #[error("compressing {what}")]
+    Codec {
+        /// What was being compressed.
+        what: &'static str,
+        /// What the codec said.
+        source: CodecError,
+    },
+    /// The embedded bootstrap could not be made.
+    #[error("making the embedded bootstrap")]
+    Bootstrap {
+        /// What its maker said.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+/// Writes one blob to `W`, which need not be able to seek.
+///
+/// Pass `&mut W` to keep the writer. Dropping a `BlobWriter` before it is finished
+/// leaves an incomplete file behind; whoever opened the file removes it.
+#[derive(Debug)]
+pub struct BlobWriter<W: Write> {
+    options: BlobOptions,
+    sink: HashingSink<W>,
+    table: Builder,
+    /// Chunk digests, if they are stored.
+    digests: Vec<u8>,
+    /// End of the uncompressed address space so far.
+    plain_size: u64,
+    batch: Vec<u8>,
+    encoder: Encoder,
+    encoded: Vec<u8>,
+}
+
+impl<W: Write> BlobWriter<W> {
+    /// Starts a blob. Nothing is written yet.
+    ///
+    /// # Errors
+    /// [`WriteError::Options`] for a chunk or batch size that the format does not
+    /// allow, [`WriteError::Codec`] for gzip.
+    pub fn new(out: W, options: BlobOptions) -> Result<Self, WriteError> {
+        options.check()?;
+        let encoder = Encoder::new(options.compressor).map_err(|source| WriteError::Codec {
+            what: "the blob",
+            source,
+        })?;
+        Ok(Self {
+            options,
+            sink: HashingSink::new(out),
+            table: Builder::new(options.layout()),
+            digests: Vec::new(),
+            plain_size: 0,
+            batch: Vec::new(),
+            encoder,
+            encoded: Vec::new(),
+        })
+    }
+
+    /// Number of chunks stored so far.
+    #[must_use]
+    pub fn chunk_count(&self) -> u32 {
+        self.table.len()
+    }
+
+    /// Stores a chunk; the order of calls is the order in the blob.
+    ///
+    /// Writes to the output unless the chunk joins a batch.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`]; [`WriteError::Chunk`] if sizes contradict each other;
+    /// [`WriteError::Limit`] beyond 2^24 - 1 chunks, 1 TiB of compressed or 16 TiB
+    /// of uncompressed data. The blob is not usable after an error.
+    pub fn append(&mut self, chunk: &PreparedChunk<'_>) -> Result<StoredChunk, WriteError> {
+        self.check_chunk(chunk)?;
+        let stored = match chunk.data {
+            ChunkData::Batched(bytes) => self.join_batch(chunk, bytes)?,
+            ChunkData::Compressed(bytes) => self.store(chunk, bytes, flags::COMPRESSED)?,
+            ChunkData::Raw(bytes) => self.store(chunk, bytes, 0)?,
+        };
+        self.plain_size += u64::from(chunk.uncompressed_size).next_multiple_of(BLOCK_SIZE);
+        if self.options.blob_toc {
+            self.digests.extend_from_slice(chunk.digest.as_bytes());
+        }
+        Ok(stored)
+    }
+
+    fn check_chunk(&self, chunk: &PreparedChunk<'_>) -> Result<(), WriteError> {
+        let size = chunk.uncompressed_size;
+        let plain = as_u64(match chunk.data {
+            ChunkData::Raw(bytes) | ChunkData::Batched(bytes) | ChunkData::Compressed(bytes) => {
+                bytes.len()
+            }
+        });
+        let problem = match chunk.data {
+            _ if size == 0 || size > self.options.chunk_size => "empty or above the chunk size",
+            ChunkData::Compressed(_) if plain == 0 || plain >= u64::from(size) => {
+                "compressed but not smaller"
+            }
+            ChunkData::Raw(_) | ChunkData::Batched(_) if plain != u64::from(size) => {
+                "its size is not that of its bytes"
+            }
+            ChunkData::Batched(_) if !self.options.batches(size, true) => "too large for a batch",
+            _ => return Ok(()),
+        };
+        Err(WriteError::Chunk {
+            index: self.table.len(),
+            problem,
+        })
+    }
+
+    /// Stores a chunk as a unit of its own.
+    fn store(
+        &mut self,
+        chunk: &PreparedChunk<'_>,
+        bytes: &[u8],
+        compressed: u8,
+    ) -> Result<StoredChunk, WriteError> {
+        self.flush_batch()?;
+        let offset = self.sink.len();
+        // At most `uncompressed_size`, as `check_chunk` saw.
+        let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        // A flagged CRC of zero is invalid; v1 entries drop flag and CRC anyway.
+        let (crc_flag, data) = match (self.options.layout(), chunk.crc32c) {
+            (Layout::V1, _) | (_, 0) => (0, 0),
+            (_, crc) => (flags::HAS_CRC, u64::from(crc)),
+        };
+        let index = self.table.push(&Entry {
+            plain_offset: self.plain_size,
+            plain_size: chunk.uncompressed_size,
+            offset,
+            size,
+            flags: compressed | crc_flag,
+            data,
+        })?;
+        self.sink.write(bytes)?;
+        Ok(StoredChunk {
+            index,
+            compressed: compressed != 0,
+            compressed_size: size,
+            compressed_offset: offset,
+            uncompressed_offset: self.plain_size,
+        })
+    }
+
+    fn join_batch(
+        &mut self,
+        chunk: &PreparedChunk<'_>,
+        bytes: &[u8],
+    ) -> Result<StoredChunk, WriteError> {
+        if as_u64(self.batch.len() + bytes.len()) >= u64::from(self.options.batch_size) {
+            self.flush_batch()?;
+        }
+        let index = self.table.push(&Entry {
+            plain_offset: self.plain_size,
+            plain_size: chunk.uncompressed_size,
+            // Nothing is written before the batch itself.
+            offset: self.sink.len(),
+            size: 0,
+            flags: flags::COMPRESSED | flags::BATCH,
+            data: u64::from(self.table.batch_count()) << 32 | as_u64(self.batch.len()),
+        })?;
+        self.batch.extend_from_slice(bytes);
+        Ok(StoredChunk {
+            index,
+            compressed: false,
+            compressed_size: 0,
+            compressed_offset: 0,
+            uncompressed_offset: self.plain_size,
+        })
+    }
+
+    fn flush_batch(&mut self) -> Result<(), WriteError> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        self.encoded.clear();
+        let shrunk = self
+            .encoder
+            .compress(&self.batch, &mut self.encoded)
+            .map_err(|source| WriteError::Codec {
+                what: "a batch",
+                source,
+            })?;
+        let stored = if shrunk { &self.encoded } else { &self.batch };
+        self.sink.write(stored)?;
+        // Less than the batch size, which is at most 16 MiB.
+        let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        self.table.push_batch(BatchContext {
+            compressed_size: len(stored),
+            uncompressed_size: len(&self.batch),
+        });
+        self.batch.clear();
+        Ok(())
+    }
+
+    /// Writes everything that follows the chunk data.
+    ///
+    /// * `bootstrap`: makes the bootstrap to embed; called only with
+    ///   [`BlobOptions::inline_bootstrap`]. It gets the row of its blob table, with
+    ///   the placeholder id, or `None` if no chunk was stored.
+    ///
+    /// # Errors
+    /// As for [`BlobWriter::append`]; [`WriteError::Bootstrap`] if `bootstrap` fails.
+    pub fn finish<F>(mut self, bootstrap: F) -> Result<FinishedBlob, WriteError>
+    where
+        F: FnOnce(Option<&BlobInfo>) -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>>,
+    {
+        self.flush_batch()?;
+        let mut tail = TailWriter {
+            options: self.options,
+            sink: self.sink,
+            toc: Toc::default(),
+        };
+        let stored = if self.table.is_empty() {
+            None
+        } else {
+            let chunk_count = self.table.len();
+            Some(tail.write_tables(self.table, &self.digests, chunk_count, self.plain_size)?)
+        };
+        let (mut info, cct) = stored.map_or((None, Vec::new()), |(info, cct)| (Some(info), cct));
+        if self.options.inline_bootstrap {
+            if let Some(info) = &mut info {
+                info.compressed_size = tail.sink.len();
+            }
+            let bytes =
+                bootstrap(info.as_ref()).map_err(|source| WriteError::Bootstrap { source })?;
+            tail.write_bootstrap(&bytes)?;
+        }
+        let (toc_size, toc_digest) = tail.write_toc()?;
+        let file_size = tail.sink.len();
+        let (id, file_sha256) = tail.sink.finish()?;
+        let id = BlobId::from_digest(&id);
+        if let Some(info) = &mut info {
+            info.id = id.clone();
+            if !self.options.inline_bootstrap {
+                info.compressed_size = file_size;
+                info.toc_size = toc_size;
+                info.toc_digest = toc_digest;
+            }
+        }
+        Ok(FinishedBlob {
+            info,
+            id,
+            file_sha256,
+            file_size,
+            toc_size,
+            toc_digest,
+            cct,
+        })
+    }
+}
+
+/// Writes the sections after the chunk data and remembers them for the table of contents.
+struct TailWriter<W: Write> {
+    options: BlobOptions,
+    sink: HashingSink<W>,
+    toc: Toc,
+}
+
+impl<W: Write> TailWriter<W> {
+    /// Ends the chunk data, then writes chunk table, header and digests. Returns the
+    /// row for the blob table, as far as it is known, and the cache file form of the table.
+    fn write_tables(
+        &mut self,
+        table: Builder,
+        digests: &[u8],
+        chunk_count: u32,
+        plain_size: u64,
+    ) -> Result<(BlobInfo, Vec<u8>), WriteError> {
+        self.end_chunk_data(plain_size)?;
+        let (table, contexts) = table.finish();
+        let (info, header) = self.write_chunk_table(&table, contexts, chunk_count, plain_size)?;
+        if self.options.blob_toc {
+            self.section(names::DIGESTS, Compressor::None, digests, digests);
+            self.sink.exclude(digests)?;
+            self.tar_header(names::DIGESTS, as_u64(digests.len()))?;
+        }
+        Ok((info, cache_form(table, &header)))
+    }
+
+    /// Writes the tar header of the chunk data, whose digest in the table of
+    /// contents covers that header.
+    fn end_chunk_data(&mut self, plain_size: u64) -> Result<(), WriteError> {
+        let stored_size = self.sink.len();
+        self.tar_header(names::DATA, stored_size)?;
+        if !self.options.blob_toc {
+            return Ok(());
+        }
+        self.toc.entries.push(TocEntry {
+            name: names::DATA.to_owned(),
+            compressor: Compressor::None,
+            digest: self.sink.digest(),
+            offset: 0,
+            stored_size,
+            plain_size,
+        });
+        Ok(())
+    }
+
+    fn write_chunk_table(
+        &mut self,
+        table: &[u8],
+        contexts: ContextArea,
+        chunk_count: u32,
+        plain_size: u64,
+    ) -> Result<(BlobInfo, Header), WriteError> {
+        let packed = codec::compress(self.options.compressor, table).map_err(|source| {
+            WriteError::Codec {
+                what: "the chunk table",
+                source,
+            }
+        })?;
+        let stored = packed.as_deref().unwrap_or(table);
+        let meta = MetaLocation {
+            compressor: packed
+                .as_ref()
+                .map_or(Compressor::None, |_| self.options.compressor),
+            offset: self.sink.len(),
+            compressed_size: as_u64(stored.len()),
+            uncompressed_size: as_u64(table.len()),
+        };
+        let mut features = self.options.features();
+        if contexts.count == 0 {
+            // No chunk was small enough: any reader of v2 tables can read this one.
+            features = features.without(BlobFeatures::BATCH);
+        }
+        let header = Header {
+            features,
+            chunk_count,
+            table: meta,
+            contexts,
+        };
+        let encoded = header.encode();
+        self.section(names::TABLE, meta.compressor, stored, table);
+        self.sink.write(stored)?;
+        self.section(names::TABLE_HEADER, Compressor::None, &*encoded, &*encoded);
+        self.sink.write(&*encoded)?;
+        self.tar_header(names::TABLE, meta.compressed_size + as_u64(encoded.len()))?;
+        let info = BlobInfo {
+            id: BlobId::placeholder(),
+            chunk_size: self.options.chunk_size,
+            chunk_count,
+            compressor: self.options.compressor,
+            digester: self.options.digester,
+            features,
+            compressed_size: 0,
+            uncompressed_size: plain_size,
+            meta,
+            toc_size: 0,
+            toc_digest: Digest::default(),
+            meta_blob_digest: Digest::default(),
+            meta_blob_size: 0,
+        };
+        Ok((info, header))
+    }
+
+    /// A bootstrap is compressed only where a table of contents can say so.
+    fn write_bootstrap(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        let packed = if self.options.blob_toc {
+            codec::compress(Compressor::Zstd, bytes).map_err(|source| WriteError::Codec {
+                what: "the bootstrap",
+                source,
+            })?
+        } else {
+            None
+        };
+        let stored = packed.as_deref().unwrap_or(bytes);
+        let compressor = packed
+            .as_ref()
+            .map_or(Compressor::None, |_| Compressor::Zstd);
+        self.section(names::BOOTSTRAP, compressor, stored, bytes);
+        self.sink.write(stored)?;
+        self.tar_header(names::BOOTSTRAP, as_u64(stored.len()))
+    }
+
+    /// Writes the table of contents if there is one; returns its size and digest.
+    fn write_toc(&mut self) -> Result<(u32, Digest), WriteError> {
+        if self.toc.entries.is_empty() {
+            return Ok((0, Digest::default()));
+        }
+        let bytes = self.toc.encode()?;
+        self.sink.write(&bytes)?;
+        // Five entries and a tar header at most.
+        let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        Ok((size, Digest::of(Digester::Sha256, &bytes)))
+    }
+
+    /// Notes a section that is about to be written at the current position.
+    fn section(&mut self, name: &str, compressor: Compressor, stored: &[u8], plain: &[u8]) {
+        if self.options.blob_toc {
+            self.toc.entries.push(TocEntry {
+                name: name.to_owned(),
+                compressor,
+                digest: Digest::from_bytes(Sha256::digest(plain).into()),
+                offset: self.sink.len(),
+                stored_size: as_u64(stored.len()),
+                plain_size: as_u64(plain.len()),
+            });
+        }
+    }
+
+    fn tar_header(&mut self, name: &str, size: u64) -> Result<(), WriteError> {
+        if self.options.has_tar_headers() {
+            self.sink.write(&tar_header::encode(name, size)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The table as a cache directory keeps it: zero padded to whole blocks, then the header.
+fn cache_form(mut table: Vec<u8>, header: &Header) -> Vec<u8> {
+    let block = usize::try_from(BLOCK_SIZE).unwrap_or(usize::MAX);
+    table.resize(table.len().next_multiple_of(block), 0);
+    table.extend_from_slice(&*header.encode());
+    table
+}

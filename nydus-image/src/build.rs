@@ -1,0 +1,221 @@
+//! Builds one layer: a source becomes a tree and a blob.
+//!
+//! The calling thread reads the source; a second one stores chunks; the workers
+//! of the [`Engine`] do the rest. Several layers may be built at a time from
+//! several threads over one engine.
+//!
+//! Promises: equal source and options give equal bytes, whatever the number of
+//! threads; memory for file data stays within the engine's budget; `out` is
+//! written front to back and never read.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rafs::merge::WhiteoutSpec;
+use rafs::tree::{Content, Tree};
+use rafs::writer::{self, WriteOptions};
+use storage::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
+use storage::{BlobInfo, Compressor, Digester};
+
+use crate::pipeline::Engine;
+use crate::pipeline::feeder::Feeder;
+use crate::pipeline::item;
+use crate::pipeline::sequencer::{self, StoreError, Stored};
+use crate::pipeline::workers::LayerContext;
+use crate::prefetch::Prefetch;
+use crate::source::{Progress, Scanned, Source, SourceError};
+
+/// How a layer is built.
+#[derive(Clone, Debug)]
+pub struct BuildOptions {
+    /// How chunks are compressed.
+    pub compressor: Compressor,
+    /// How chunks are identified.
+    pub digester: Digester,
+    /// Largest chunk in bytes: a power of two from 4 KiB to 16 MiB.
+    pub chunk_size: u32,
+    /// Whether the blob ends with a table of contents and carries its chunk digests.
+    pub blob_toc: bool,
+    /// Small chunks are compressed together in batches of this many bytes: 0 for
+    /// never, or a power of two from 4 KiB to the chunk size.
+    pub batch_size: u32,
+    /// Whether the bootstrap is embedded in the blob.
+    pub inline_bootstrap: bool,
+    /// Whether owners are stored; otherwise all files belong to the reader.
+    pub explicit_uid_gid: bool,
+    /// Entries of a directory source that are left out, because they only mean
+    /// something to lower layers. Tar sources keep all entries.
+    pub whiteouts: WhiteoutSpec,
+    /// Which files are wanted first.
+    pub prefetch: Prefetch,
+    /// Told about bytes that were read from the source.
+    pub progress: Option<Progress>,
+}
+
+impl Default for BuildOptions {
+    fn default() -> Self {
+        Self {
+            compressor: Compressor::Zstd,
+            digester: Digester::Blake3,
+            chunk_size: 1 << 20,
+            batch_size: 0,
+            blob_toc: false,
+            inline_bootstrap: false,
+            explicit_uid_gid: true,
+            whiteouts: WhiteoutSpec::Oci,
+            prefetch: Prefetch::default(),
+            progress: None,
+        }
+    }
+}
+
+impl BuildOptions {
+    fn blob(&self) -> BlobOptions {
+        BlobOptions {
+            compressor: self.compressor,
+            digester: self.digester,
+            chunk_size: self.chunk_size,
+            blob_toc: self.blob_toc,
+            inline_bootstrap: self.inline_bootstrap,
+            chunk_info_v2: false,
+            batch_size: self.batch_size,
+        }
+    }
+
+    /// How the bootstrap of a tree with these options is written.
+    #[must_use]
+    pub fn write_options(&self, tree: &Tree) -> WriteOptions {
+        WriteOptions {
+            chunk_size: self.chunk_size,
+            compressor: self.compressor,
+            digester: self.digester,
+            explicit_uid_gid: self.explicit_uid_gid,
+            prefetch: self.prefetch.table(tree),
+            ..WriteOptions::default()
+        }
+    }
+}
+
+/// A layer that was built.
+#[derive(Debug)]
+pub struct Layer {
+    /// Its files. [`Tree::blobs`] is empty if no file has data; otherwise it holds
+    /// the blob under the id that [`FinishedBlob::id`] tells.
+    pub tree: Tree,
+    /// Its blob.
+    pub blob: FinishedBlob,
+}
+
+/// Why a layer could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The source could not be read.
+    #[error("cannot read the source")]
+    Source(#[source] SourceError),
+    /// The blob could not be stored.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The files cannot be described by a bootstrap.
+    #[error("cannot write the bootstrap")]
+    Bootstrap(#[source] rafs::WriteError),
+}
+
+/// Builds one layer and writes its blob to `out`. If no file has data and no
+/// bootstrap is embedded, nothing is written.
+///
+/// Blocks until `source` is read to its end and `out` has taken everything. When it
+/// fails, what `out` got so far is useless.
+///
+/// # Errors
+/// [`BuildError`]; the first failure stops everything else.
+pub fn build_layer(
+    engine: &Engine,
+    source: Source,
+    options: &BuildOptions,
+    out: impl Write + Send,
+) -> Result<Layer, BuildError> {
+    let mut writer = BlobWriter::new(out, options.blob()).map_err(StoreError::Write)?;
+    let layer = Arc::new(LayerContext::new(
+        options.compressor,
+        options.digester,
+        item::len(options.chunk_size),
+    ));
+    let (scanned, stored) = run(engine, source, options, &layer, &mut writer)?;
+    drop(layer);
+    finish(scanned, stored, options, writer)
+}
+
+/// Runs source and sequencer side by side.
+fn run<W: Write + Send>(
+    engine: &Engine,
+    source: Source,
+    options: &BuildOptions,
+    layer: &Arc<LayerContext>,
+    writer: &mut BlobWriter<W>,
+) -> Result<(Scanned, Stored), BuildError> {
+    // Bounded by the budget: every item in it holds a buffer.
+    let (sender, done) = crossbeam_channel::unbounded();
+    let stopped = Arc::new(AtomicBool::new(false));
+    let mut feeder = Feeder::new(
+        engine.clone(),
+        Arc::clone(layer),
+        options.blob(),
+        sender,
+        Arc::clone(&stopped),
+    );
+    let (scanned, stored) = std::thread::scope(|scope| {
+        let sequencer = scope.spawn(|| {
+            // Dropped at the end: that frees the buffers of items still coming.
+            let done = done;
+            let result = sequencer::run(&done, layer, writer);
+            stopped.store(true, Ordering::Relaxed);
+            result
+        });
+        let scanned = source.scan(&mut feeder, options);
+        // Closes the channel, also after a failure, so that the sequencer ends.
+        let items = feeder.finish();
+        let stored = sequencer.join().unwrap_or(Err(StoreError::WorkerLost));
+        let stored = stored.and_then(|stored| match stored.items == items {
+            true => Ok(stored),
+            false => Err(StoreError::WorkerLost),
+        });
+        (scanned, stored)
+    });
+    match (scanned, stored) {
+        (Ok(scanned), Ok(stored)) => Ok((scanned, stored)),
+        // The source stopped because the sequencer failed first.
+        (Err(SourceError::Stopped), Err(error)) | (Ok(_), Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(BuildError::Source(error)),
+    }
+}
+
+/// Joins files and chunks, and completes the blob.
+fn finish<W: Write>(
+    scanned: Scanned,
+    stored: Stored,
+    options: &BuildOptions,
+    writer: BlobWriter<W>,
+) -> Result<Layer, BuildError> {
+    let Scanned { mut tree, files } = scanned;
+    let ids: Vec<_> = stored
+        .chunks
+        .into_iter()
+        .map(|chunk| tree.add_chunk(chunk))
+        .collect();
+    let mut references = stored.references.into_iter();
+    for (file, count) in files {
+        if let Content::File { chunks, .. } = &mut tree.inode_mut(file).content {
+            let count = usize::try_from(count).unwrap_or(usize::MAX);
+            chunks.extend(references.by_ref().take(count).map(|at| ids[item::len(at)]));
+        }
+    }
+    let embed = |info: Option<&BlobInfo>| {
+        tree.blobs = info.cloned().into_iter().collect();
+        writer::write(&tree, &options.write_options(&tree)).map_err(Into::into)
+    };
+    let blob = writer.finish(embed);
+    let blob = blob.map_err(|error| BuildError::Store(StoreError::Write(error)))?;
+    tree.blobs = blob.info.iter().cloned().collect();
+    Ok(Layer { tree, blob })
+}

@@ -1,0 +1,267 @@
+//! `create`: one layer from a directory or a tar archive.
+//!
+//! Order of work: check the options, read the prefetch patterns, build the layer
+//! into its output ([`build_layer`]), write the bootstrap, and only then give both
+//! files their names.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use rafs::merge::WhiteoutSpec;
+use sha2::{Digest as _, Sha256};
+use storage::{BlobId, Compressor, Digest};
+
+use crate::build::{BuildOptions, Layer, build_layer};
+use crate::cli::UsageError;
+use crate::output::Output;
+use crate::pipeline::Engine;
+use crate::prefetch::Prefetch;
+use crate::report::Report;
+use crate::source::{Source, compressed};
+
+mod args;
+
+pub use args::{Args, Conversion, Whiteouts};
+
+/// Chunk size unless told otherwise, in bytes.
+const DEFAULT_CHUNK_SIZE: u32 = 1 << 20;
+
+/// Runs the command.
+///
+/// # Errors
+/// [`UsageError`] for contradicting options; anything else has left no output.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let start = Instant::now();
+    check_usage(&args)?;
+    check_supported(&args)?;
+    let options = options(&args)?;
+    let source = open_source(&args)?;
+    let mut blob = open_blob(&args)?;
+    let engine = Engine::for_this_machine();
+    let mut layer = build_layer(&engine, source, &options, &mut blob)
+        .with_context(|| format!("cannot build a layer from {}", args.source.display()))?;
+    if let (Some(id), Some(info)) = (&args.blob_id, layer.tree.blobs.first_mut()) {
+        info.id = BlobId::new(id)?;
+    }
+    let bootstrap = write_bootstrap(&args, &options, &layer)?;
+    let path = commit(blob, bootstrap, &layer)?;
+    if let Some(json) = &args.output_json {
+        let blobs = &layer.tree.blobs;
+        Report::new(
+            path.as_deref(),
+            blobs,
+            options.compressor,
+            "total_build",
+            start,
+        )
+        .write_pretty(json)?;
+    }
+    tracing::info!("built {} in {:.2?}", args.source.display(), start.elapsed());
+    Ok(())
+}
+
+/// Rules between options that are checked in this order, with messages that others
+/// look for.
+fn check_usage(args: &Args) -> Result<(), UsageError> {
+    let usage = |message: String| Err(UsageError(message));
+    if args.blob_cache_dir.is_some() {
+        let conflicts = [
+            (args.blob_dir.is_some(), "--blob-dir <blob-dir>"),
+            (args.blob.is_some(), "--blob <blob>"),
+            (args.blob_inline_meta, "--blob-inline-meta"),
+            (args.compressor.is_some(), "--compressor <compressor>"),
+        ];
+        if let Some((_, option)) = conflicts.iter().find(|(given, _)| *given) {
+            return usage(format!(
+                "the argument '{option}' cannot be used with '--blob-cache-dir <blob-cache-dir>'"
+            ));
+        }
+        if matches!(
+            args.conversion,
+            Conversion::TarTarfs
+                | Conversion::EstargztocRef
+                | Conversion::EstargzRafs
+                | Conversion::EstargzRef
+        ) {
+            let conversion = args.conversion;
+            return usage(format!(
+                "conversion type `{conversion}` conflicts with `--blob-cache-dir`"
+            ));
+        }
+    } else if args.blob.is_none() && args.blob_dir.is_none() {
+        return usage("one of --blob and --blob-dir is needed for the data blob".to_owned());
+    }
+    if args.bootstrap.is_none() && args.blob_dir.is_none() && !args.blob_inline_meta {
+        return usage(
+            "one of --bootstrap, --blob-dir and --blob-inline-meta is needed for the bootstrap"
+                .to_owned(),
+        );
+    }
+    if let Some(size) = args.chunk_size.filter(|size| !is_chunk_size(*size)) {
+        return usage(format!(
+            "--chunk-size {size:#x} is not a power of two from 0x1000 to 0x1000000"
+        ));
+    }
+    if args.batch_size != 0 {
+        let limit = args.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE);
+        if !is_chunk_size(args.batch_size) || args.batch_size > limit {
+            return usage(format!(
+                "--batch-size {:#x} is not 0 or a power of two from 0x1000 to the chunk size {limit:#x}",
+                args.batch_size
+            ));
+        }
+    }
+    if args.fs_version == "5" && args.features.is_some() {
+        return usage("--features blob-toc needs --fs-version 6".to_owned());
+    }
+    Ok(())
+}
+
+const fn is_chunk_size(size: u32) -> bool {
+    size.is_power_of_two() && size >= 0x1000 && size <= 0x100_0000
+}
+
+/// Refuses what is not built yet, by the name of the feature.
+fn check_supported(args: &Args) -> anyhow::Result<()> {
+    let type_is_supported = matches!(
+        args.conversion,
+        Conversion::DirRafs | Conversion::TarRafs | Conversion::TargzRafs
+    );
+    let missing = [
+        (!type_is_supported, "this --type"),
+        (args.fs_version == "5", "RAFS version 5 (--fs-version 5)"),
+        (args.encrypt, "encryption (--encrypt)"),
+        (args.attributes.is_some(), "external data (--attributes)"),
+        (
+            args.external_blob.is_some(),
+            "external data (--external-blob)",
+        ),
+        (
+            args.blob_cache_dir.is_some(),
+            "writing a blob cache (--blob-cache-dir)",
+        ),
+        (
+            args.chunk_dict.is_some(),
+            "a chunk dictionary (--chunk-dict)",
+        ),
+        (
+            parent(args).is_some(),
+            "building on a parent image (--parent-bootstrap)",
+        ),
+        (
+            args.blob_offset != 0,
+            "data that does not start at 0 (--blob-offset)",
+        ),
+    ];
+    match missing.iter().find(|(asked, _)| *asked) {
+        Some((_, feature)) if !type_is_supported => {
+            bail!("{feature} is not supported: {}", args.conversion)
+        }
+        Some((_, feature)) => bail!("{feature} is not supported"),
+        None => Ok(()),
+    }
+}
+
+/// The parent image; an empty path means none.
+fn parent(args: &Args) -> Option<&Path> {
+    args.parent_bootstrap
+        .as_deref()
+        .filter(|path| !path.as_os_str().is_empty())
+}
+
+fn options(args: &Args) -> anyhow::Result<BuildOptions> {
+    if args.config.is_some() {
+        tracing::warn!("--config has no effect on create");
+    }
+    if let Some(id) = &args.blob_id {
+        BlobId::new(id).context("--blob-id")?;
+    }
+    let prefetch = Prefetch::read(args.prefetch_policy, std::io::stdin().lock())
+        .context("cannot read prefetch patterns from standard input")?;
+    Ok(BuildOptions {
+        compressor: args.compressor.unwrap_or(Compressor::Zstd),
+        digester: args.digester,
+        chunk_size: args.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
+        batch_size: args.batch_size,
+        blob_toc: args.features.is_some(),
+        inline_bootstrap: args.blob_inline_meta,
+        explicit_uid_gid: !args.repeatable,
+        whiteouts: match args.whiteout_spec {
+            Whiteouts::Oci => WhiteoutSpec::Oci,
+            Whiteouts::Overlayfs => WhiteoutSpec::Overlayfs,
+            Whiteouts::None => WhiteoutSpec::None,
+        },
+        prefetch,
+        progress: None,
+    })
+}
+
+fn open_source(args: &Args) -> anyhow::Result<Source> {
+    if args.conversion == Conversion::DirRafs {
+        return Ok(Source::Directory(args.source.clone()));
+    }
+    let name = args.source.display().to_string();
+    let (compression, reader) = if name == "-" {
+        compressed::open(std::io::stdin())
+    } else {
+        std::fs::File::open(&args.source).and_then(compressed::open)
+    }
+    .with_context(|| format!("cannot read {name}"))?;
+    tracing::debug!("{name}: compression {compression:?}");
+    Ok(Source::Tar { name, reader })
+}
+
+fn open_blob(args: &Args) -> anyhow::Result<Output> {
+    match (&args.blob, &args.blob_dir) {
+        (Some(path), _) => Output::create(path),
+        (None, Some(dir)) => Output::create_in(dir),
+        (None, None) => bail!("there is no place for the data blob"),
+    }
+}
+
+/// A bootstrap that is written but has no name yet, and the name it will get in a
+/// directory.
+type Pending = (Output, String);
+
+/// Writes the bootstrap; `None` if it is in the blob.
+fn write_bootstrap(
+    args: &Args,
+    options: &BuildOptions,
+    layer: &Layer,
+) -> anyhow::Result<Option<Pending>> {
+    let mut output = match (&args.bootstrap, &args.blob_dir) {
+        _ if args.blob_inline_meta => return Ok(None),
+        (Some(path), _) => Output::create(path)?,
+        (None, Some(dir)) => Output::create_in(dir)?,
+        (None, None) => bail!("there is no place for the bootstrap"),
+    };
+    let bytes = rafs::writer::write(&layer.tree, &options.write_options(&layer.tree))
+        .context("cannot write the bootstrap")?;
+    output
+        .write_all(&bytes)
+        .context("cannot write the bootstrap")?;
+    let name = Digest::from_bytes(Sha256::digest(&bytes).into()).to_string();
+    Ok(Some((output, name)))
+}
+
+/// Gives the files their names; returns the path of the bootstrap.
+fn commit(
+    blob: Output,
+    bootstrap: Option<Pending>,
+    layer: &Layer,
+) -> anyhow::Result<Option<PathBuf>> {
+    if layer.blob.file_size == 0 {
+        blob.discard()?;
+    } else {
+        let id = match layer.tree.blobs.first() {
+            Some(info) => info.id.as_str(),
+            None => layer.blob.id.as_str(),
+        };
+        blob.commit(id)?;
+    }
+    bootstrap
+        .map(|(output, name)| output.commit(&name))
+        .transpose()
+}

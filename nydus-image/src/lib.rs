@@ -1,0 +1,25 @@
+//! The image builder: sources → layers → images.
+//!
+//! One command is one file ([`create`], [`merge`], [`check`]); they share
+//!
+//! * [`source`]: where files come from: a directory or a tar stream;
+//! * [`build`]: one layer from one source, through
+//! * [`pipeline`]: cutting, digests, compression and storing, on all cores;
+//! * [`output`]: files that appear complete or not at all, and FIFOs;
+//! * [`report`]: the JSON report of a command.
+//!
+//! The metadata format is in the crate `rafs`, the blob format in `storage`.
+#![forbid(unsafe_code)]
+
+pub mod build;
+pub mod check;
+pub mod cli;
+pub mod create;
+pub mod logging;
+pub mod merge;
+pub mod output;
+pub mod pipeline;
+pub mod prefetch;
+pub mod report;
+pub mod source;
+pub mod version;
