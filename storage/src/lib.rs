@@ -11,7 +11,7 @@
 //! 5. [`cache`] holds the file that front ends read from.
 //!
 //! The container format of a blob file (chunk tables, TOC, tar headers) is in
-//! [`format`]; it is shared with the builder.
+//! [`mod@format`]; it is shared with the builder.
 
 pub mod algorithm;
 pub mod backend;

@@ -3,9 +3,12 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::blob_info::MetaLocation;
 use crate::chunk::Encoding;
+use crate::codec;
 use crate::format::chunk_table::ChunkTable;
 use crate::format::stored_table;
+use crate::format::tar_header::{self, names};
 use crate::format::toc::{self, Tail};
 use crate::mapped::Mapped;
 

@@ -4,7 +4,7 @@
 //! and carries the 32 KiB of output before it as a dictionary. Inflate libraries
 //! offer "priming" for the odd bits; the safe interface used here does not, so
 //! the decoder is fed a few empty deflate blocks first that end exactly at the
-//! wanted bit of the previous byte ([`alignment`]).
+//! wanted bit of the previous byte (see `alignment`).
 //!
 //! A layer may be a chain of gzip members; decoding continues into the next one
 //! and stops as soon as the output is complete (`docs/format-blob.md`, "Seek contexts").

@@ -14,6 +14,7 @@
 //! [`stored_table`](super::stored_table).
 
 mod builder;
+mod row;
 #[cfg(test)]
 mod tests;
 
@@ -22,13 +23,14 @@ use std::ops::Range;
 use zerocopy::FromBytes as _;
 
 pub use builder::{Builder, Layout};
+use row::Row;
 
 use super::context::{BatchContext, CONTEXT_SIZE, ZranContext};
-use super::entry::{Entry, EntryV1, EntryV2, flags, high32, low32};
+use super::entry::{Entry, EntryV1, EntryV2};
 use super::header::{HEADER_SIZE, Header};
 use super::{FormatError, expect_equal};
 use crate::blob_info::{BlobFeatures, BlobInfo};
-use crate::chunk::{Chunk, Encoding};
+use crate::chunk::Chunk;
 use crate::codec::as_u64;
 use crate::mapped::Mapped;
 use crate::units::{ChunkIndex, round_up_to_block};
@@ -197,7 +199,7 @@ impl ChunkTable {
         Ok(first..end.max(first))
     }
 
-    /// The batch context with number `index`, as [`Encoding::Batch`] names it.
+    /// The batch context with number `index`, as [`Encoding::Batch`](crate::chunk::Encoding::Batch) names it.
     ///
     /// # Errors
     /// [`FormatError::NoSuch`], [`FormatError::Corrupt`].
@@ -210,7 +212,7 @@ impl ChunkTable {
         }
     }
 
-    /// The seek context with number `index`, as [`Encoding::Zran`] names it.
+    /// The seek context with number `index`, as [`Encoding::Zran`](crate::chunk::Encoding::Zran) names it.
     ///
     /// # Errors
     /// [`FormatError::NoSuch`], [`FormatError::Corrupt`].
@@ -301,151 +303,6 @@ impl ChunkTable {
             end = plain_end(&entry);
         }
         Ok(())
-    }
-}
-
-/// An entry and what it is checked against.
-struct Row<'a> {
-    index: u32,
-    entry: Entry,
-    table: &'a ChunkTable,
-}
-
-impl Row<'_> {
-    fn corrupt<T>(
-        &self,
-        field: &'static str,
-        value: impl Into<u64>,
-        problem: &'static str,
-    ) -> Result<T, FormatError> {
-        Err(FormatError::corrupt(
-            CHUNK, self.index, field, value, problem,
-        ))
-    }
-
-    fn has(&self, flag: u8) -> bool {
-        self.entry.flags & flag != 0
-    }
-
-    fn check_plain_range(&self) -> Result<(), FormatError> {
-        let Entry {
-            plain_offset,
-            plain_size,
-            ..
-        } = self.entry;
-        if plain_size > self.table.limits.chunk_size {
-            return self.corrupt("plain size", plain_size, "larger than the chunk size");
-        }
-        if plain_end(&self.entry) > self.table.limits.plain_size {
-            let problem = "ends beyond the uncompressed address space";
-            return self.corrupt("plain offset", plain_offset, problem);
-        }
-        Ok(())
-    }
-
-    fn encoding(&self) -> Result<Encoding, FormatError> {
-        if self.has(flags::ENCRYPTED) {
-            return Err(FormatError::Unsupported {
-                object: CHUNK,
-                feature: "encryption",
-            });
-        }
-        match (
-            self.has(flags::ZRAN),
-            self.has(flags::BATCH),
-            &self.table.contexts,
-        ) {
-            (true, false, Contexts::Zran { .. }) => self.zran(),
-            (true, ..) => self.corrupt("flags", self.entry.flags, "no gzip chunk belongs here"),
-            (false, _, Contexts::Zran { .. }) => {
-                self.corrupt("flags", self.entry.flags, "only gzip chunks belong here")
-            }
-            (false, true, Contexts::Batch { .. }) => self.batch(),
-            (false, true, _) => self.corrupt(
-                "flags",
-                self.entry.flags,
-                "no chunk of a batch belongs here",
-            ),
-            (false, false, _) => self.plain(),
-        }
-    }
-
-    /// A chunk that is a unit of its own.
-    fn plain(&self) -> Result<Encoding, FormatError> {
-        let Entry {
-            plain_size,
-            offset,
-            size,
-            ..
-        } = self.entry;
-        self.check_stored_range(size)?;
-        if self.has(flags::COMPRESSED) {
-            if size == 0 {
-                return self.corrupt("stored size", size, "must not be 0");
-            }
-            Ok(Encoding::Compressed { offset, size })
-        } else if size == plain_size {
-            Ok(Encoding::Raw { offset })
-        } else {
-            self.corrupt(
-                "stored size",
-                size,
-                "differs from the plain size of a raw chunk",
-            )
-        }
-    }
-
-    fn batch(&self) -> Result<Encoding, FormatError> {
-        let (context, within) = (high32(self.entry.data), low32(self.entry.data));
-        let batch = self.table.batch_context(context)?;
-        self.check_stored_range(batch.compressed_size)?;
-        self.check_within(within, batch.uncompressed_size)?;
-        Ok(Encoding::Batch {
-            offset: self.entry.offset,
-            context,
-            within,
-        })
-    }
-
-    /// The stored range of a gzip chunk is informative and not checked.
-    fn zran(&self) -> Result<Encoding, FormatError> {
-        let (context, within) = (high32(self.entry.data), low32(self.entry.data));
-        self.check_within(within, self.table.zran_context(context)?.output_size)?;
-        Ok(Encoding::Zran { context, within })
-    }
-
-    fn check_within(&self, within: u32, unit: u32) -> Result<(), FormatError> {
-        match within.checked_add(self.entry.plain_size) {
-            Some(end) if end <= unit => Ok(()),
-            _ => self.corrupt(
-                "position in its unit",
-                within,
-                "ends beyond the unit's output",
-            ),
-        }
-    }
-
-    fn check_stored_range(&self, size: u32) -> Result<(), FormatError> {
-        // 40 and 32 bits: the sum cannot overflow.
-        if self.entry.offset + u64::from(size) > self.table.limits.data_size {
-            return self.corrupt(
-                "stored offset",
-                self.entry.offset,
-                "ends beyond the chunk data",
-            );
-        }
-        Ok(())
-    }
-
-    fn crc32c(&self) -> Result<Option<u32>, FormatError> {
-        // The word of such chunks says where they are.
-        if self.has(flags::ZRAN) || self.has(flags::BATCH) || !self.has(flags::HAS_CRC) {
-            return Ok(None);
-        }
-        match low32(self.entry.data) {
-            0 => self.corrupt("CRC32C", 0_u32, "flagged as present but zero"),
-            crc => Ok(Some(crc)),
-        }
     }
 }
 

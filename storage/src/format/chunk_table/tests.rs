@@ -7,8 +7,10 @@ use super::*;
 use crate::algorithm::{Compressor, Digester};
 use crate::blob_id::BlobId;
 use crate::blob_info::MetaLocation;
+use crate::chunk::Encoding;
 use crate::codec::{self, CodecError};
 use crate::digest::Digest;
+use crate::format::entry::flags;
 use crate::format::header::ContextArea;
 use crate::format::stored_table;
 
