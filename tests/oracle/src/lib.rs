@@ -2,8 +2,10 @@
 //! `nydus-builder` read what our builder wrote, and write what our reader reads.
 //!
 //! - [`read`], [`build`]: their reader and their builder
+//! - [`ours`]: our reader, over [`expand`]
 //! - [`describe`], [`compare`]: one description of a tree for every reader
-//! - [`nasty`]: the source tree; [`matrix`]: the option sets
+//! - [`program`]: our builder, as the program that users run
+//! - [`nasty`], [`sources`]: the source tree; [`matrix`]: the option sets
 //! - [`stored`]: images kept on disk with the tree they must read as
 //!
 //! Nothing of the product depends on this crate. See `README.md` for how to run it.
@@ -11,7 +13,12 @@
 pub mod build;
 pub mod compare;
 pub mod describe;
+#[path = "../../support/expand.rs"]
+pub mod expand;
 pub mod matrix;
 pub mod nasty;
+pub mod ours;
+pub mod program;
 pub mod read;
+pub mod sources;
 pub mod stored;

@@ -104,9 +104,9 @@ pub fn equal(expected: &[Value], found: &[Entry], excuse: impl Fn(&mut Value)) -
     ))
 }
 
-/// What the images of `folder` may differ in from the expected tree, by how
-/// folders are named: a `merged` image keeps the directory times of its layers,
-/// images from a tar have whole seconds, and images from a directory no root time.
+/// What the image of `folder` may differ in from the expected tree: the root's
+/// time, which builders that read a directory drop, and in the `merged` image the
+/// times of directories, which its expected tree does not know.
 pub fn excuse(folder: &Path) -> impl Fn(&mut Value) + use<> {
     let name = folder
         .file_name()
