@@ -209,6 +209,10 @@ fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
 /// Converts, and returns the line that sums it up.
 async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::Result<String> {
     let start = Instant::now();
+    let work_dir = args.work_dir.clone().unwrap_or_else(std::env::temp_dir);
+    // Better now than after the first download.
+    tempfile::tempfile_in(&work_dir)
+        .with_context(|| format!("cannot write a temporary file in {}", work_dir.display()))?;
     let access = Access {
         plain_http: args.plain_http,
         credentials: None,
@@ -222,7 +226,7 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
         to: Images::open(target, &access).await?,
         engine: Engine::for_this_machine(),
         options: options(args),
-        work_dir: args.work_dir.clone().unwrap_or_else(std::env::temp_dir),
+        work_dir,
         progress: Progress::new(),
     };
     let converted = job.convert_layers(plan.layers()?, args.jobs).await?;

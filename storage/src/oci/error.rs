@@ -51,7 +51,7 @@ pub enum OciError {
         detail: String,
     },
     /// The request got no usable answer: no connection, a time-out, a broken stream.
-    #[error("{at}: {op} failed at byte {offset} after {attempts} attempts")]
+    #[error("{at}: {op} failed{} after {attempts} attempts", at_byte(*offset))]
     Request {
         /// URL.
         at: String,
@@ -118,6 +118,14 @@ pub enum OciError {
         /// The failure.
         source: std::io::Error,
     },
+    /// The HTTP client cannot be set up, which needs the certificates of the system.
+    #[error("{at}: HTTP and HTTPS need CA certificates; install the package ca-certificates")]
+    Setup {
+        /// The registry.
+        at: String,
+        /// The failure.
+        source: Cause,
+    },
     /// The docker configuration cannot be used.
     #[error("credentials for {host}: {reason}")]
     Credentials {
@@ -126,6 +134,14 @@ pub enum OciError {
         /// What is wrong, without any secret.
         reason: String,
     },
+}
+
+/// Where a transfer stopped, if it had begun.
+fn at_byte(offset: u64) -> String {
+    match offset {
+        0 => String::new(),
+        offset => format!(" at byte {offset}"),
+    }
 }
 
 impl OciError {

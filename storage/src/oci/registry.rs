@@ -10,13 +10,13 @@
 //! number of times.
 //!
 //! Downloads: [`download`]. Uploads: [`upload`]. Log-in: [`auth`]. Retries: [`retry`].
+//! Time-outs and TLS: [`clients`].
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use oci_client::client::{ClientConfig, ClientProtocol};
-use oci_client::{Client, Reference, RegistryOperation};
+use oci_client::{Reference, RegistryOperation};
 use reqwest::{Method, StatusCode, header};
 
 use super::Access;
@@ -27,11 +27,15 @@ use super::manifest::{ACCEPTED, Descriptor, Document, MAX_MANIFEST, OCI_INDEX, O
 use super::reference::RegistryRef;
 
 mod auth;
+mod clients;
 pub(super) mod download;
 mod retry;
+#[cfg(test)]
+mod tests;
 pub(super) mod upload;
 
 use auth::Login;
+use clients::Clients;
 use retry::{Attempt, Failure};
 
 /// A connection that cannot be made within this time is a failed attempt.
@@ -56,11 +60,7 @@ struct Inner {
     /// `http://host:port` or `https://host`, of the host that really serves.
     origin: String,
     login: Login,
-    /// Has a read deadline, which would also cut long uploads.
-    pull: Client,
-    /// Has none; uploads are watched by [`upload`].
-    push: Client,
-    http: reqwest::Client,
+    clients: Clients,
 }
 
 impl std::fmt::Debug for Registry {
@@ -73,7 +73,7 @@ impl Registry {
     /// Prepares access; nothing is sent yet, but a credential helper may run.
     ///
     /// # Errors
-    /// [`OciError::Credentials`], or [`OciError::Request`] if TLS cannot be set up.
+    /// [`OciError::Credentials`]; [`OciError::Setup`] on a system without CA certificates.
     pub async fn open(name: &RegistryRef, access: &Access) -> Result<Self, OciError> {
         let credentials = match &access.credentials {
             Some(credentials) => credentials.clone(),
@@ -83,43 +83,15 @@ impl Registry {
         let reference = to_reference(name);
         let scheme = if plain { "http" } else { "https" };
         let origin = format!("{scheme}://{}", reference.resolve_registry());
-        let setup = |source: super::error::Cause| OciError::Request {
+        let clients = Clients::new(plain).map_err(|source| OciError::Setup {
             at: origin.clone(),
-            op: "setting up TLS",
-            offset: 0,
-            attempts: 1,
             source,
-        };
-        // Fails if the process has chosen a provider already, which then serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = |read_timeout| {
-            let protocol = if plain {
-                ClientProtocol::Http
-            } else {
-                ClientProtocol::Https
-            };
-            Client::try_from(ClientConfig {
-                protocol,
-                use_monolithic_push: true,
-                read_timeout,
-                connect_timeout: Some(CONNECT_DEADLINE),
-                user_agent: concat!("nydus/", env!("CARGO_PKG_VERSION")),
-                ..ClientConfig::default()
-            })
-        };
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_DEADLINE)
-            .read_timeout(READ_DEADLINE)
-            .user_agent(concat!("nydus/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|err| setup(err.into()))?;
+        })?;
         let inner = Inner {
             name: name.clone(),
             origin: origin.clone(),
             login: Login::new(credentials),
-            pull: client(Some(READ_DEADLINE)).map_err(|err| setup(err.into()))?,
-            push: client(None).map_err(|err| setup(err.into()))?,
-            http,
+            clients,
             reference,
         };
         Ok(Self {
@@ -193,6 +165,7 @@ impl Registry {
                 .await?;
             match self
                 .inner
+                .clients
                 .pull
                 .blob_exists(&self.inner.reference, digest.as_str())
                 .await
@@ -281,7 +254,7 @@ impl Registry {
         url: &str,
         authorization: Option<header::HeaderValue>,
     ) -> reqwest::RequestBuilder {
-        let request = self.inner.http.request(method, url);
+        let request = self.inner.clients.http.request(method, url);
         match authorization {
             Some(value) => request.header(header::AUTHORIZATION, value),
             None => request,
@@ -371,30 +344,5 @@ fn to_reference(name: &RegistryRef) -> Reference {
             let tag = tag.clone().unwrap_or_else(|| "latest".to_owned());
             Reference::with_tag(registry, repository, tag)
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn error_pages_become_one_short_line() {
-        assert_eq!(quote(b" \n"), "");
-        assert_eq!(quote(b"<p>\n  no\x07 way\n</p>"), ": <p> no way </p>");
-        assert_eq!(quote(&[b'x'; 5000]).len(), MAX_ERROR_TEXT + 2);
-    }
-
-    #[test]
-    fn the_document_knows_its_media_type_best() {
-        let own = format!("{{\"schemaVersion\":2,\"mediaType\":\"{OCI_INDEX}\",\"manifests\":[]}}");
-        assert_eq!(
-            media_type_of("x", own.as_bytes(), "text/plain").unwrap(),
-            OCI_INDEX
-        );
-        let silent = b"{\"schemaVersion\":2,\"manifests\":[]}";
-        let docker = super::super::manifest::DOCKER_INDEX;
-        assert_eq!(media_type_of("x", silent, docker).unwrap(), docker);
-        assert_eq!(media_type_of("x", silent, "text/plain").unwrap(), OCI_INDEX);
     }
 }

@@ -81,8 +81,8 @@ impl Login {
             return Ok(None);
         };
         let client = match op {
-            RegistryOperation::Pull => &inner.pull,
-            RegistryOperation::Push => &inner.push,
+            RegistryOperation::Pull => &inner.clients.pull,
+            RegistryOperation::Push => &inner.clients.push,
         };
         let auth = match &self.credentials {
             Credentials::Anonymous => RegistryAuth::Anonymous,
@@ -122,6 +122,7 @@ impl Login {
 async fn probe(inner: &Inner) -> Result<Option<String>, Failure> {
     let url = format!("{}/v2/", inner.origin);
     let response = inner
+        .clients
         .http
         .request(Method::GET, url)
         .send()
@@ -177,6 +178,7 @@ async fn exchange(
         ("refresh_token", token),
     ];
     let response = inner
+        .clients
         .http
         .post(realm)
         .form(&form)

@@ -147,14 +147,20 @@ async fn connect(
             urls: &urls,
         };
         if offset == 0 {
-            let stream = inner.pull.pull_blob_stream(&inner.reference, &layer).await;
+            let stream = inner
+                .clients
+                .pull
+                .pull_blob_stream(&inner.reference, &layer)
+                .await;
             return stream
                 .map(|stream| (stream.stream, 0))
                 .map_err(Failure::of_client);
         }
-        let answer = inner
-            .pull
-            .pull_blob_stream_partial(&inner.reference, &layer, offset, None);
+        let answer =
+            inner
+                .clients
+                .pull
+                .pull_blob_stream_partial(&inner.reference, &layer, offset, None);
         match answer.await {
             Ok(BlobResponse::Partial(stream)) => Ok((stream.stream, 0)),
             Ok(BlobResponse::Full(stream)) => Ok((stream.stream, offset)),

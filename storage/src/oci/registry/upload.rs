@@ -55,10 +55,12 @@ impl Registry {
                 Arc::clone(progress),
             );
             let inner = &self.inner;
-            let upload =
-                inner
-                    .push
-                    .push_blob_stream(&inner.reference, body, digest.as_str(), Some(size));
+            let upload = inner.clients.push.push_blob_stream(
+                &inner.reference,
+                body,
+                digest.as_str(),
+                Some(size),
+            );
             match watch(upload, &sent, size).await? {
                 Ok(_location) => Ok(()),
                 // Some registries accept the blob but leave out where it is.
@@ -88,13 +90,14 @@ fn pieces(
     stream::try_unfold((source, 0_u64), move |(source, offset)| {
         let (sent, progress) = (Arc::clone(&sent), Arc::clone(&progress));
         async move {
-            sent.store(offset, Ordering::Relaxed);
-            progress(offset);
             if offset >= size {
                 return Ok(None);
             }
             let piece = source.read_at(offset, PIECE).await?;
             let next = offset + crate::oci::content::byte_len(&piece);
+            // Nobody asks for a piece after the last one, so count what is handed out.
+            sent.store(next, Ordering::Relaxed);
+            progress(next);
             Ok(Some((piece, (source, next))))
         }
     })
