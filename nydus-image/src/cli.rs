@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::{check, create, logging, merge, version};
+use crate::{check, convert, create, logging, merge, version};
 
 /// Build, merge and check lazily loaded container images (RAFS v6).
 #[derive(Debug, Parser)]
@@ -50,6 +50,7 @@ enum Command {
     Create(Box<create::Args>),
     Merge(merge::Args),
     Check(check::Args),
+    Convert(convert::Args),
 }
 
 impl Cli {
@@ -63,6 +64,7 @@ impl Cli {
             Some(Command::Create(args)) => create::run(*args),
             Some(Command::Merge(args)) => merge::run(&args),
             Some(Command::Check(args)) => check::run(&args),
+            Some(Command::Convert(args)) => convert::run(&args),
             None => print_usage(),
         }
     }

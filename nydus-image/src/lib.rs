@@ -1,6 +1,6 @@
 //! The image builder: sources → layers → images.
 //!
-//! One command is one file ([`create`], [`merge`], [`check`]); they share
+//! One command is one file ([`create`], [`convert`], [`merge`], [`check`]); they share
 //!
 //! * [`source`]: where files come from: a directory or a tar stream;
 //! * [`build`]: one layer from one source, through
@@ -14,6 +14,7 @@
 pub mod build;
 pub mod check;
 pub mod cli;
+pub mod convert;
 pub mod create;
 pub mod logging;
 pub mod merge;

@@ -33,7 +33,7 @@ use crate::report::Report;
 ///
 /// Example:
 ///
-///   nydus-image merge --bootstrap image.boot layers/<id of base> layers/<id of top>
+///   nydus-image merge --bootstrap image.boot layers/BASE_ID layers/TOP_ID
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long, value_name = "parent-bootstrap", help_heading = "Input")]
     parent_bootstrap: Option<PathBuf>,
 
-    /// Image whose blobs layers may refer to, under their own ids: bootstrap=<path> or <path>
+    /// Image whose blobs layers may refer to, under their own ids: bootstrap=PATH or PATH
     #[arg(long, value_name = "chunk-dict", help_heading = "Input")]
     chunk_dict: Option<String>,
 

@@ -10,9 +10,9 @@
 //! * [`feeder`] cuts files into chunks and packs several small ones into one
 //!   *item*, so that queues cost little per file.
 //! * [`workers`] digest every chunk. The first worker that meets a digest claims
-//!   it ([`dedup`]) and compresses the chunk; equal chunks cost no more than
+//!   it (`dedup`) and compresses the chunk; equal chunks cost no more than
 //!   their digest.
-//! * [`sequencer`] handles items in the order of the stream, so the blob does not
+//! * `sequencer` handles items in the order of the stream, so the blob does not
 //!   depend on thread timing.
 //! * [`budget`] bounds the memory of all layers together: an item holds its share
 //!   from the moment its buffer is filled until its chunks are stored.
@@ -47,10 +47,14 @@ impl Engine {
         }
     }
 
-    /// One worker per processor and [`Engine::DEFAULT_MEMORY`].
+    /// One worker per processor, and [`Engine::DEFAULT_MEMORY`] or, with many
+    /// processors, 8 MiB for each.
     #[must_use]
     pub fn for_this_machine() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self::new(threads, Self::DEFAULT_MEMORY)
+        Self::new(
+            threads,
+            Self::DEFAULT_MEMORY.max(threads.saturating_mul(8 << 20)),
+        )
     }
 }

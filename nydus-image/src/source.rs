@@ -121,13 +121,9 @@ impl<R: Read> Read for Counting<R> {
 
 /// Why an extended attribute cannot be stored in an image; `None` if it can.
 pub(crate) fn xattr_problem(key: &[u8], value: &[u8]) -> Option<String> {
-    let known = ["user.", "trusted.", "security."]
-        .iter()
-        .any(|p| key.starts_with(p.as_bytes()))
-        || key == b"system.posix_acl_access"
-        || key == b"system.posix_acl_default";
+    let known = rafs::xattr::split_key(key).is_some();
     let problem = if !known {
-        "has a prefix that the image format cannot store"
+        "has a name that the image format cannot store"
     } else if key.len() > 255 {
         "has a name of more than 255 bytes"
     } else if value.len() > 65_535 {
@@ -174,6 +170,7 @@ mod tests {
         for (key, len) in [
             (&b"btrfs.x"[..], 1),
             (b"system.nfs4_acl", 1),
+            (b"user.", 1),
             (b"user.k", 65_536),
         ] {
             let problem = xattr_problem(key, &vec![0; len]).unwrap();

@@ -6,7 +6,7 @@
 /// Version tag of this build, as in `v0.1.0`.
 pub const TAG: &str = concat!("v", env!("CARGO_PKG_VERSION"));
 
-/// `<tag>-<commit>`: the `version` of a JSON report.
+/// `TAG-COMMIT`: the `version` of a JSON report.
 pub const TAG_AND_COMMIT: &str = concat!(
     "v",
     env!("CARGO_PKG_VERSION"),

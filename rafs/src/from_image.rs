@@ -3,7 +3,7 @@
 //! The walk goes directory by directory without recursion. An image that
 //! contains itself is refused: a directory is entered once, and nesting is
 //! limited to [`MAX_DEPTH`]. Time and memory are bounded by the length of the
-//! bootstrap, see [`visited`](crate::visited).
+//! bootstrap, see `visited`.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;

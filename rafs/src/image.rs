@@ -36,7 +36,7 @@ pub struct Image {
     layout: superblock::Layout,
     blobs: Vec<BlobInfo>,
     /// Positions in the chunk table in order of (blob, chunk index); built on first use.
-    chunk_order: OnceLock<Vec<u32>>,
+    chunk_order: OnceLock<chunks::ChunkOrder>,
 }
 
 impl Image {

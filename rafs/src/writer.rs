@@ -1,8 +1,8 @@
 //! A tree into the bytes of a bootstrap.
 //!
-//! Three passes over the tree, each iterative: [`blobs`] decides which blobs are
-//! listed in which order, [`plan`] gives every inode its place and number, and
-//! [`emit`] fills a zeroed buffer. Positions are final when the plan is made,
+//! Three passes over the tree, each iterative: `blobs` decides which blobs are
+//! listed in which order, `plan` gives every inode its place and number, and
+//! `emit` fills a zeroed buffer. Positions are final when the plan is made,
 //! because the number of blobs and prefetch entries is known before.
 //!
 //! Promises: the same tree gives the same bytes; a tree that the format cannot
@@ -78,12 +78,6 @@ pub fn write(tree: &Tree, options: &WriteOptions) -> Result<Vec<u8>, WriteError>
         return Err(WriteError::BadOption {
             option: "chunk size",
             reason: "must be a power of two from 4 KiB to 16 MiB",
-        });
-    }
-    if options.compressor == Compressor::Gzip && tree.blobs.is_empty() {
-        return Err(WriteError::BadOption {
-            option: "compressor",
-            reason: "gzip is only for blobs that refer to an OCI layer",
         });
     }
     let blobs = blobs::select(tree, options)?;

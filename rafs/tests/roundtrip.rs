@@ -266,3 +266,104 @@ fn digests_are_found_by_blob_and_chunk() {
     }
     assert_eq!(digests.chunk_digest(storage::ChunkIndex::new(0)), None);
 }
+
+/// A sparse file of 5 GiB is one stored chunk, named again and again.
+#[test]
+fn files_above_4_gib() {
+    let size = (5 << 30) + 5;
+    let mut tree = build("blob", Attr::default(), &[]);
+    tree.blobs.push(common::blob_info("blob", 2));
+    let full = tree.add_chunk(common::chunk(0, CHUNK, 0));
+    let last = tree.add_chunk(common::chunk(1, 5, 5 << 30));
+    let mut chunks = vec![full; (5 << 30) / 4096];
+    chunks.push(last);
+    let inode = Inode::new(Attr::default(), Content::File { size, chunks });
+    tree.insert(tree.root(), b"f", inode).unwrap();
+    let image = Image::from_bytes(write(&tree, &options()).unwrap()).unwrap();
+    image.verify_tree().unwrap();
+    let nid = image.lookup(image.root(), b"f").unwrap().unwrap();
+    assert_eq!(image.inode(nid).unwrap().size(), size);
+    let extents: Vec<_> = image
+        .extents(nid, size - 6..size + 1)
+        .map(|e| e.unwrap())
+        .map(|e| (e.chunk.get(), e.plain, e.chunk_offset, e.file_offset))
+        .collect();
+    assert_eq!(
+        extents,
+        [
+            (0, 4095..4096, 4095, size - 6),
+            (1, 4096..4101, 0, size - 5)
+        ]
+    );
+}
+
+/// What a tree may hold but the format cannot.
+#[test]
+fn impossible_trees_are_refused() {
+    use rafs::WriteError;
+    let add = |content| {
+        let mut tree = Tree::new(Attr::default());
+        let inode = Inode::new(Attr::default(), content);
+        let id = tree.insert(tree.root(), b"f", inode).unwrap();
+        (tree, id)
+    };
+    let refused = |tree: &Tree| write(tree, &options()).unwrap_err();
+
+    let (tree, _) = add(Content::File {
+        size: 1,
+        chunks: vec![],
+    });
+    assert!(matches!(refused(&tree), WriteError::BadInode { .. }));
+    for target in [vec![], vec![b't'; 4096], b"a\0".to_vec()] {
+        let (tree, _) = add(Content::Symlink(target.into()));
+        assert!(matches!(refused(&tree), WriteError::BadInode { .. }));
+    }
+    let (mut tree, id) = add(Content::Fifo);
+    tree.inode_mut(id)
+        .xattrs
+        .insert(b"btrfs.x"[..].into(), b""[..].into());
+    assert!(matches!(refused(&tree), WriteError::BadXattr { .. }));
+    let (mut tree, id) = add(Content::directory());
+    tree.link(id, b"loop", id).unwrap();
+    assert!(matches!(
+        refused(&tree),
+        WriteError::DirectoryLinkedTwice { .. }
+    ));
+    let first_use = WriteOptions {
+        blob_order: BlobOrder::FirstUse,
+        ..options()
+    };
+    assert!(matches!(
+        write(&tree, &first_use),
+        Err(WriteError::DirectoryLinkedTwice { .. })
+    ));
+    let (mut tree, _) = add(Content::directory());
+    tree.link(tree.root(), b"g", tree.lookup(b"f").unwrap())
+        .unwrap();
+    assert!(matches!(
+        refused(&tree),
+        WriteError::DirectoryLinkedTwice { .. }
+    ));
+    let chunk = |tree: &mut Tree, index| {
+        let id = tree.add_chunk(common::chunk(index, 1, 0));
+        let file = Content::File {
+            size: 1,
+            chunks: vec![id],
+        };
+        tree.insert(tree.root(), b"c", Inode::new(Attr::default(), file))
+            .unwrap();
+    };
+    let (mut tree, _) = add(Content::Fifo);
+    chunk(&mut tree, 0);
+    assert!(matches!(refused(&tree), WriteError::BadChunk { .. }));
+    tree.blobs.push(common::blob_info("blob", 1));
+    write(&tree, &options()).unwrap();
+    chunk(&mut tree, 1);
+    assert!(matches!(refused(&tree), WriteError::BadChunk { .. }));
+    tree.unlink(tree.root(), b"c");
+    for _ in 0..254 {
+        let id = format!("b{}", tree.blobs.len());
+        tree.blobs.push(common::blob_info(&id, 1));
+    }
+    assert!(matches!(refused(&tree), WriteError::TooMany { .. }));
+}

@@ -1,1 +1,459 @@
 //! One blob of an image: serve from the cache, fill on demand.
+//!
+//! A front end names what it needs, as chunks ([`ChunkSpan`], from the bootstrap)
+//! or as a plain range of the uncompressed address space (the kernel reading a
+//! cache file). If all of it is resident the answer is [`Served::File`], to be read
+//! at the same offsets; if not, [`fill`](crate::fill) makes it so first.
+//!
+//! Promises: opening needs no network; the chunk table is fetched on the first
+//! miss and kept in the cache; asking for resident data takes no lock, allocates
+//! nothing and costs an atomic load per chunk; every wait has a deadline.
+//!
+//! If the cache cannot be written, reads are answered from memory
+//! ([`Served::Memory`]), and [`Blob::cache_state`] says why.
+
+mod table;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::backend::{Backend, Priority};
+use crate::blob_id::BlobId;
+use crate::blob_info::BlobInfo;
+use crate::cache::{BlobFiles, CacheDir, CacheError, CacheState};
+use crate::codec::as_u64;
+use crate::digest::ChunkDigests;
+use crate::error::ReadError;
+use crate::fill::{FillState, Filler, Flights, Outcome, Unwritten, WAIT_LIMIT};
+use crate::format::FormatError;
+use crate::format::chunk_table::ChunkTable;
+use crate::sync::{Arc, OnceLock, Ordering};
+use crate::units::ChunkIndex;
+
+/// Times a reader starts over for the chunk table.
+const MAX_TURNS: u32 = 8;
+
+/// Part of one chunk, as a bootstrap's extents name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkSpan {
+    /// The chunk.
+    pub chunk: ChunkIndex,
+    /// Bytes of the uncompressed address space, inside the chunk.
+    pub plain: Range<u64>,
+}
+
+/// Where the bytes of a read are.
+#[derive(Clone, Debug)]
+pub enum Served<'a> {
+    /// In this file, at the offsets that were asked for.
+    File(&'a File),
+    /// Here: exactly the bytes that were asked for.
+    Memory(Bytes),
+}
+
+/// One blob of one image.
+pub struct Blob {
+    info: BlobInfo,
+    cache: CacheDir,
+    files: BlobFiles,
+    backend: Arc<dyn Backend>,
+    digests: Arc<dyn ChunkDigests>,
+    table: OnceLock<ChunkTable>,
+    /// The fetch of the table, under the only key 0.
+    table_flight: Flights,
+    fill: FillState,
+}
+
+impl fmt::Debug for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Blob")
+            .field("id", &self.info.id)
+            .field("backend", &self.backend)
+            .field("state", &self.files.state())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Blob {
+    /// Opens the cache files of a blob, and its chunk table if it is cached.
+    ///
+    /// Makes no request. Cache files that cannot be opened are no error, see
+    /// [`Blob::cache_state`].
+    ///
+    /// # Errors
+    /// [`ReadError::Table`] for a blob of a kind that is not supported.
+    pub fn open(
+        cache: &CacheDir,
+        info: BlobInfo,
+        backend: Arc<dyn Backend>,
+        digests: Arc<dyn ChunkDigests>,
+    ) -> Result<Arc<Self>, ReadError> {
+        let blob = Self {
+            files: BlobFiles::open(cache, &info),
+            cache: cache.clone(),
+            backend,
+            digests,
+            table: OnceLock::new(),
+            table_flight: Flights::default(),
+            fill: FillState::default(),
+            info,
+        };
+        match table::cached(&blob.cache, &blob.info) {
+            Ok(Some(table)) => {
+                let _ = blob.table.set(table);
+            }
+            Ok(None) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(Arc::new(blob))
+    }
+
+    /// What the bootstrap says about this blob.
+    #[must_use]
+    pub fn info(&self) -> &BlobInfo {
+        &self.info
+    }
+
+    /// Whether the cache takes new chunks, as far as known.
+    #[must_use]
+    pub fn cache_state(&self) -> CacheState {
+        self.files.state()
+    }
+
+    /// Number of resident chunks.
+    #[must_use]
+    pub fn resident_chunks(&self) -> u32 {
+        self.files.get().map_or(0, |files| files.map.count())
+    }
+
+    /// Whether every chunk is resident; the cache file is complete then.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.files.get().is_some_and(|files| files.map.all_ready())
+    }
+
+    /// Ends fetches and waits of this blob with [`ReadError::Stopped`], for good.
+    /// Resident data can still be read.
+    pub fn close(&self) {
+        self.fill.stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether all data of a range is in the cache file. No lock, no I/O.
+    ///
+    /// * `plain`: any bytes of the uncompressed address space. What lies beyond its
+    ///   end, or in the gap between a chunk and the next block, counts as resident.
+    #[must_use]
+    pub fn is_resident(&self, plain: Range<u64>) -> bool {
+        let Some(table) = self.table.get() else {
+            return plain.is_empty();
+        };
+        match table.covering(plain) {
+            Ok(mut chunks) => chunks.all(|index| self.files.is_ready(ChunkIndex::new(index))),
+            Err(_) => false,
+        }
+    }
+
+    /// Whether the bytes of `span` are in the cache file. No lock, no I/O; one
+    /// table entry and one atomic load. `false` for a span that is not inside its
+    /// chunk, which [`Blob::ensure_spans`] then reports.
+    #[must_use]
+    pub fn is_span_resident(&self, span: &ChunkSpan) -> bool {
+        self.files.is_ready(span.chunk)
+            && self
+                .table
+                .get()
+                .is_some_and(|table| self.check_span(table, span).is_ok())
+    }
+
+    /// Makes a range resident, and returns when it is. Blocks; hold no lock.
+    ///
+    /// * `plain`: as for [`Blob::is_resident`].
+    ///
+    /// # Errors
+    /// [`ReadError`]; the range may be resident in part. [`ReadError::Cache`] means
+    /// that the bytes could be had but not written: [`Blob::read`] serves them.
+    pub fn ensure(&self, plain: Range<u64>, priority: Priority) -> Result<(), ReadError> {
+        if self.is_resident(plain.clone()) {
+            return Ok(());
+        }
+        let table = self.table(priority)?;
+        let chunks = self.covering(table, plain)?;
+        self.filler(table)
+            .run(&[self.widen(chunks)], priority, Unwritten::Refuse)
+    }
+
+    /// Makes parts of chunks resident, as few requests as possible for all of them.
+    ///
+    /// * `spans`: in any order; neighbours next to each other are fetched together.
+    ///
+    /// # Errors
+    /// As for [`Blob::ensure`], and [`ReadError::Mismatch`] for a span that is not
+    /// inside its chunk.
+    pub fn ensure_spans(&self, spans: &[ChunkSpan], priority: Priority) -> Result<(), ReadError> {
+        if spans.iter().all(|span| self.is_span_resident(span)) {
+            return Ok(());
+        }
+        let table = self.table(priority)?;
+        let mut ranges: Vec<Range<u32>> = Vec::new();
+        for span in spans {
+            self.check_span(table, span)?;
+            let index = span.chunk.get();
+            match ranges.last_mut() {
+                Some(range) if range.end == index => range.end = index + 1,
+                Some(range) if range.contains(&index) => {}
+                _ => ranges.push(index..index + 1),
+            }
+        }
+        self.filler(table).run(&ranges, priority, Unwritten::Refuse)
+    }
+
+    /// Serves a range: from the cache file, or from memory if that cannot be written.
+    ///
+    /// * `plain`: inside the uncompressed address space. If it has to be served from
+    ///   memory it is allocated as a whole, so bound it.
+    ///
+    /// # Errors
+    /// [`ReadError::OutOfRange`], or as for [`Blob::ensure`].
+    pub fn read(&self, plain: Range<u64>, priority: Priority) -> Result<Served<'_>, ReadError> {
+        if plain.start > plain.end || plain.end > self.info.uncompressed_size {
+            return Err(self.out_of_range(plain));
+        }
+        match self.ensure(plain.clone(), priority) {
+            Ok(()) => self.file().map(Served::File),
+            Err(ReadError::Cache { .. }) => {
+                self.read_to_memory(plain, priority).map(Served::Memory)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Copies the bytes of a span into `dst`. Costs one system call if the span is
+    /// resident.
+    ///
+    /// * `dst`: as long as the span.
+    ///
+    /// # Errors
+    /// As for [`Blob::ensure_spans`]; [`ReadError::OutOfRange`] if the lengths differ.
+    pub fn read_span(
+        &self,
+        span: &ChunkSpan,
+        dst: &mut [u8],
+        priority: Priority,
+    ) -> Result<(), ReadError> {
+        if span.plain.end.checked_sub(span.plain.start) != Some(as_u64(dst.len())) {
+            return Err(self.out_of_range(span.plain.clone()));
+        }
+        match self.ensure_spans(std::slice::from_ref(span), priority) {
+            Ok(()) => self.read_file(span.plain.start, dst),
+            Err(ReadError::Cache { .. }) => {
+                let bytes = self.read_to_memory(span.plain.clone(), priority)?;
+                // Of that length, because the range was.
+                dst.copy_from_slice(&bytes);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The cache file, for front ends that read resident spans by themselves
+    /// (splice, scattered reads); `None` while it cannot be opened.
+    #[must_use]
+    pub fn cache_file(&self) -> Option<&File> {
+        self.files.get().map(|files| &files.data)
+    }
+
+    /// The seam for readahead: the chunks to fetch for a miss on `chunks`. Nothing
+    /// is added today. A reader known to be sequential may get up to 4 MiB more here;
+    /// what is added should be waited for by nobody.
+    #[allow(
+        clippy::unused_self,
+        reason = "readahead will look at the history of reads"
+    )]
+    fn widen(&self, chunks: Range<u32>) -> Range<u32> {
+        chunks
+    }
+
+    fn filler<'a>(&'a self, table: &'a ChunkTable) -> Filler<'a> {
+        Filler {
+            info: &self.info,
+            table,
+            files: &self.files,
+            backend: &*self.backend,
+            digests: &*self.digests,
+            state: &self.fill,
+            metrics: self.cache.metrics(),
+        }
+    }
+
+    fn covering(&self, table: &ChunkTable, plain: Range<u64>) -> Result<Range<u32>, ReadError> {
+        table
+            .covering(plain)
+            .map_err(|error| self.table_error(error))
+    }
+
+    /// The bootstrap and the chunk table come from different places; what they say
+    /// about a chunk must agree, or verified bytes would be read at a wrong offset.
+    fn check_span(&self, table: &ChunkTable, span: &ChunkSpan) -> Result<(), ReadError> {
+        let chunk = table
+            .chunk(span.chunk)
+            .map_err(|error| self.table_error(error))?;
+        let place = chunk.plain_range();
+        if span.plain.start >= place.start && span.plain.end <= place.end {
+            return Ok(());
+        }
+        Err(ReadError::Mismatch {
+            blob: self.info.id.clone(),
+            index: span.chunk,
+            image: span.plain.clone(),
+            table: place,
+        })
+    }
+
+    /// Puts a range together from chunks in the file and chunks in memory.
+    fn read_to_memory(&self, plain: Range<u64>, priority: Priority) -> Result<Bytes, ReadError> {
+        let table = self.table(priority)?;
+        let chunks = self.covering(table, plain.clone())?;
+        let len = usize::try_from(plain.end - plain.start).ok();
+        let mut out = vec![0; len.ok_or_else(|| self.out_of_range(plain.clone()))?];
+        for index in chunks {
+            // One by one: memory then holds one chunk beside the result.
+            let mut kept = HashMap::new();
+            let wanted = index..index + 1;
+            let unwritten = Unwritten::Keep(&mut kept);
+            self.filler(table)
+                .run(std::slice::from_ref(&wanted), priority, unwritten)?;
+            let index = ChunkIndex::new(index);
+            let chunk = table
+                .chunk(index)
+                .map_err(|error| self.table_error(error))?;
+            let place = chunk.plain_range();
+            let part = plain.start.max(place.start)..plain.end.min(place.end);
+            let Some(dst) = slice_mut(&mut out, plain.start, &part) else {
+                continue;
+            };
+            match kept
+                .get(&index)
+                .and_then(|bytes| slice(bytes, place.start, &part))
+            {
+                Some(src) => dst.copy_from_slice(src),
+                None => self.read_file(part.start, dst)?,
+            }
+        }
+        Ok(out.into())
+    }
+
+    fn file(&self) -> Result<&File, ReadError> {
+        self.cache_file()
+            .ok_or_else(|| self.cache_error("opening", io::ErrorKind::NotFound.into()))
+    }
+
+    fn read_file(&self, at: u64, dst: &mut [u8]) -> Result<(), ReadError> {
+        // Exact: a file that somebody shortened is an error, not zeros.
+        self.file()?
+            .read_exact_at(dst, at)
+            .map_err(|error| self.cache_error("reading resident data", error))
+    }
+
+    fn cache_error(&self, action: &'static str, source: io::Error) -> ReadError {
+        ReadError::Cache {
+            blob: self.info.id.clone(),
+            source: CacheError::new(&self.cache.data_path(&self.info.id), action, source),
+        }
+    }
+
+    fn out_of_range(&self, range: Range<u64>) -> ReadError {
+        ReadError::OutOfRange {
+            blob: self.info.id.clone(),
+            range,
+            size: self.info.uncompressed_size,
+        }
+    }
+
+    fn table_error(&self, error: FormatError) -> ReadError {
+        ReadError::Table {
+            blob: self.info.id.clone(),
+            source: Arc::new(error),
+        }
+    }
+
+    /// The chunk table; fetched once, by one of its readers.
+    fn table(&self, priority: Priority) -> Result<&ChunkTable, ReadError> {
+        const TABLE: ChunkIndex = ChunkIndex::new(0);
+        let start = Instant::now();
+        for _ in 0..MAX_TURNS {
+            if let Some(table) = self.table.get() {
+                return Ok(table);
+            }
+            let done = |_| self.table.get().is_some();
+            if let Some(claim) = self.table_flight.claim([TABLE], priority, done).pop() {
+                let fetched = table::fetch(&self.cache, &self.info, &*self.backend, priority);
+                let result = fetched.map(|table| {
+                    let _ = self.table.set(table);
+                });
+                claim.land(
+                    result
+                        .clone()
+                        .map_or_else(Outcome::Failed, |()| Outcome::Stored),
+                );
+                result?;
+            } else if let Some(flight) = self.table_flight.get(TABLE) {
+                match flight.wait(start + WAIT_LIMIT, &self.fill.stopped) {
+                    None => return Err(self.no_table(start.elapsed())),
+                    Some(Outcome::Failed(_)) if flight.priority < priority => {}
+                    Some(Outcome::Failed(error)) => return Err(error),
+                    Some(_) => {}
+                }
+            }
+        }
+        Err(ReadError::Abandoned {
+            blob: self.info.id.clone(),
+        })
+    }
+
+    fn no_table(&self, waited: Duration) -> ReadError {
+        let blob = self.info.id.clone();
+        if self.fill.stopped.load(Ordering::Relaxed) {
+            return ReadError::Stopped { blob };
+        }
+        ReadError::TimedOut {
+            blob,
+            index: ChunkIndex::new(0),
+            waited,
+        }
+    }
+}
+
+/// The part of `bytes`, which start at `base`, that lies at `range`.
+fn slice<'a>(bytes: &'a [u8], base: u64, range: &Range<u64>) -> Option<&'a [u8]> {
+    bytes.get(relative(base, range)?)
+}
+
+fn slice_mut<'a>(bytes: &'a mut [u8], base: u64, range: &Range<u64>) -> Option<&'a mut [u8]> {
+    bytes.get_mut(relative(base, range)?)
+}
+
+fn relative(base: u64, range: &Range<u64>) -> Option<Range<usize>> {
+    let start = usize::try_from(range.start.checked_sub(base)?).ok()?;
+    let end = usize::try_from(range.end.checked_sub(base)?).ok()?;
+    Some(start..end)
+}
+
+/// The blob that holds the chunk table: the blob itself, or a second one.
+fn table_blob(info: &BlobInfo) -> BlobId {
+    use crate::blob_info::BlobFeatures;
+    if info.features.contains(BlobFeatures::SEPARATE) {
+        BlobId::from_digest(&info.meta_blob_digest)
+    } else {
+        info.id.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests;

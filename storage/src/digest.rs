@@ -54,6 +54,16 @@ pub trait ChunkDigests: Send + Sync {
     /// Digest of the uncompressed bytes of chunk `index`; `None` if the
     /// bootstrap records none, in which case the chunk must not be served.
     fn chunk_digest(&self, index: crate::ChunkIndex) -> Option<Digest>;
+
+    /// Where the bootstrap says that chunk `index` starts in the uncompressed
+    /// address space, in bytes; `None` if it does not say.
+    ///
+    /// A digest proves what a chunk holds, not where it belongs: with this, a chunk
+    /// table that puts good chunks in wrong places is noticed too.
+    fn chunk_plain_offset(&self, index: crate::ChunkIndex) -> Option<u64> {
+        let _ = index;
+        None
+    }
 }
 
 #[cfg(test)]

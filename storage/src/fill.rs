@@ -1,1 +1,449 @@
-//! Single-flight filling of missing chunks.
+//! Single-flight filling of missing chunks: fetch, decode, verify, write, publish.
+//!
+//! [`Filler::run`] makes a set of chunks available. It claims those that nobody
+//! fetches yet, joins neighbours into requests ([`plan`]), and turns the bytes into
+//! chunks while they stream in ([`unpack`]). Then it waits for the chunks that
+//! other readers were fetching already ([`flight`]).
+//!
+//! Promises: a chunk is fetched once, however many readers wait; its waiters go on
+//! as soon as it is done, not when the request is; nothing is served or marked
+//! ready unverified; no lock is held during network or disk I/O; a failure leaves
+//! no trace, and stays with the chunks it concerns.
+//!
+//! The work runs on the caller's thread. Memory per caller: one request of at most
+//! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece.
+
+mod flight;
+mod plan;
+mod recent;
+mod unpack;
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+pub(crate) use flight::{Claim, Flights, Outcome};
+use plan::{Member, Piece};
+use recent::Recent;
+use unpack::{Job, Unpacker};
+
+use crate::backend::{Backend, BackendError, Fetch, Priority};
+use crate::blob_id::BlobId;
+use crate::blob_info::BlobInfo;
+use crate::cache::BlobFiles;
+use crate::digest::{ChunkDigests, Digest};
+use crate::error::ReadError;
+use crate::format::FormatError;
+use crate::format::chunk_table::ChunkTable;
+use crate::metrics::{Metrics, add, add_time};
+use crate::sync::{Arc, AtomicBool, Ordering};
+use crate::units::ChunkIndex;
+
+/// Longest wait for another reader's fetch. Above the deadline of any backend, so
+/// that normally the reader that fetches reports what is wrong.
+pub(crate) const WAIT_LIMIT: Duration = Duration::from_secs(300);
+
+/// Times a reader starts over for a chunk, because whoever fetched it gave up.
+const MAX_TURNS: u32 = 8;
+
+/// What the readers of a blob share.
+#[derive(Debug, Default)]
+pub(crate) struct FillState {
+    flights: Flights,
+    recent: Recent,
+    /// Set once, when the blob is closed: fetches and waits end.
+    pub(crate) stopped: AtomicBool,
+}
+
+/// Everything needed to fill chunks of one blob.
+#[derive(Clone, Copy)]
+pub(crate) struct Filler<'a> {
+    pub(crate) info: &'a BlobInfo,
+    pub(crate) table: &'a ChunkTable,
+    pub(crate) files: &'a BlobFiles,
+    pub(crate) backend: &'a dyn Backend,
+    pub(crate) digests: &'a dyn ChunkDigests,
+    pub(crate) state: &'a FillState,
+    pub(crate) metrics: &'a Metrics,
+}
+
+/// What to do with chunks that cannot be written to the cache file.
+pub(crate) enum Unwritten<'m> {
+    /// Fail: the caller needs them in the file.
+    Refuse,
+    /// Hand them over.
+    Keep(&'m mut HashMap<ChunkIndex, Bytes>),
+}
+
+/// One caller's wish, and what has come of it.
+struct Request<'m> {
+    blob: &'m BlobId,
+    wanted: &'m [Range<u32>],
+    priority: Priority,
+    unwritten: Unwritten<'m>,
+    failed: Option<ReadError>,
+}
+
+impl Request<'_> {
+    fn holds(&self, index: ChunkIndex) -> bool {
+        matches!(&self.unwritten, Unwritten::Keep(chunks) if chunks.contains_key(&index))
+    }
+
+    /// Ends a flight of ours and notes what it means for the caller. Failures of
+    /// chunks that only came along are no concern of this caller.
+    fn land(&mut self, claim: Claim<'_>, outcome: Outcome) {
+        if self
+            .wanted
+            .iter()
+            .any(|range| range.contains(&claim.index().get()))
+        {
+            self.note(claim.index(), &outcome);
+        }
+        claim.land(outcome);
+    }
+
+    fn note(&mut self, index: ChunkIndex, outcome: &Outcome) {
+        match outcome {
+            Outcome::Stored | Outcome::Abandoned => {}
+            Outcome::Failed(error) => {
+                self.failed.get_or_insert_with(|| error.clone());
+            }
+            Outcome::Memory { bytes, cause } => match &mut self.unwritten {
+                Unwritten::Keep(chunks) => {
+                    chunks.insert(index, bytes.clone());
+                }
+                Unwritten::Refuse => {
+                    self.failed.get_or_insert_with(|| ReadError::Cache {
+                        blob: self.blob.clone(),
+                        source: cause.clone(),
+                    });
+                }
+            },
+        }
+    }
+
+    fn check(&self) -> Result<(), ReadError> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+}
+
+impl<'a> Filler<'a> {
+    /// Makes every chunk of `wanted` ready, or hands over its bytes.
+    ///
+    /// * `wanted`: ranges of chunk indexes inside the table.
+    ///
+    /// # Errors
+    /// The first failure of a wanted chunk; others may be ready nevertheless.
+    pub(crate) fn run(
+        &self,
+        wanted: &[Range<u32>],
+        priority: Priority,
+        unwritten: Unwritten<'_>,
+    ) -> Result<(), ReadError> {
+        let mut request = Request {
+            blob: &self.info.id,
+            wanted,
+            priority,
+            unwritten,
+            failed: None,
+        };
+        for range in wanted {
+            self.lead_missing(range.clone(), &mut request)?;
+        }
+        for index in wanted.iter().cloned().flatten() {
+            self.settle(ChunkIndex::new(index), &mut request)?;
+        }
+        Ok(())
+    }
+
+    /// Fetches what nobody else is fetching, one request at a time.
+    fn lead_missing(&self, range: Range<u32>, request: &mut Request<'_>) -> Result<(), ReadError> {
+        let mut at = range.start;
+        while at < range.end {
+            if self.state.stopped.load(Ordering::Relaxed) {
+                return Err(self.stopped());
+            }
+            let pieces = self.next_pieces(&mut at, range.end, request)?;
+            let jobs = self.claim(pieces, request.priority);
+            self.lead(jobs, request);
+            request.check()?;
+        }
+        Ok(())
+    }
+
+    /// The next missing pieces that one request could fetch; `at` moves past them.
+    fn next_pieces(
+        &self,
+        at: &mut u32,
+        end: u32,
+        request: &Request<'_>,
+    ) -> Result<Vec<Piece>, ReadError> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut unit: Option<Range<u64>> = None;
+        while *at < end {
+            let index = ChunkIndex::new(*at);
+            if self.files.is_ready(index) || request.holds(index) {
+                *at += 1;
+                continue;
+            }
+            let piece = match plan::piece_of(self.table, index) {
+                Ok(piece) => piece,
+                // First what can be had; this entry is met again.
+                Err(_) if !pieces.is_empty() => break,
+                Err(error) => return Err(self.table_error(error)),
+            };
+            let joined = match &unit {
+                Some(unit) if !plan::joins(unit, &piece.stored) => break,
+                Some(unit) => unit.start..unit.end.max(piece.stored.end),
+                None => piece.stored.clone(),
+            };
+            unit = Some(joined);
+            let last = piece
+                .members
+                .last()
+                .map_or(*at, |member| member.index.get());
+            *at = last.max(*at).saturating_add(1);
+            pieces.push(piece);
+        }
+        Ok(pieces)
+    }
+
+    fn claim(&self, pieces: Vec<Piece>, priority: Priority) -> Vec<Job<'a>> {
+        pieces
+            .into_iter()
+            .filter_map(|piece| {
+                let chunks = piece.members.iter().map(|member| member.index);
+                let done = |index| self.files.is_ready(index);
+                let claims = self.state.flights.claim(chunks, priority, done);
+                Job::new(piece, claims)
+            })
+            .collect()
+    }
+
+    /// Delivers claimed chunks from wherever they are cheapest.
+    fn lead(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
+        let jobs = jobs
+            .into_iter()
+            .filter_map(|job| self.without_local(job, request))
+            .collect();
+        for (range, jobs) in plan::units(jobs, |job: &Job<'_>| &job.stored) {
+            self.fetch_unit(range, jobs.into(), request);
+        }
+    }
+
+    /// Ends the flights of chunks that need no fetch. The place where a chunk that
+    /// another cached blob already holds would be copied.
+    fn without_local(&self, mut job: Job<'a>, request: &mut Request<'_>) -> Option<Job<'a>> {
+        let chunks = std::mem::take(&mut job.chunks);
+        for (member, claim) in chunks {
+            match self.local(&member) {
+                Some(outcome) => request.land(claim, outcome),
+                None => job.chunks.push((member, claim)),
+            }
+        }
+        (!job.chunks.is_empty()).then_some(job)
+    }
+
+    fn local(&self, member: &Member) -> Option<Outcome> {
+        if let Some(bytes) = self.state.recent.get(member.index) {
+            // Verified when it was put there; the cache may be writable again.
+            return Some(self.publish(member, &bytes));
+        }
+        let files = self.files.get()?;
+        if !files.map.is_suspect(member.index) {
+            return None;
+        }
+        let good = self.recheck(&files.data, member);
+        files.map.clear_suspect(member.index);
+        if !good {
+            add(&self.metrics.recheck_failures, 1);
+            return None;
+        }
+        files.map.mark(member.index);
+        add(&self.metrics.chunks_rechecked, 1);
+        Some(Outcome::Stored)
+    }
+
+    /// Whether the data file holds the chunk, which an earlier boot says it does.
+    fn recheck(&self, data: &std::fs::File, member: &Member) -> bool {
+        use std::os::unix::fs::FileExt as _;
+        let mut bytes = vec![0; usize_of(member.size)];
+        data.read_exact_at(&mut bytes, member.plain.start).is_ok()
+            && self.verify(member, &bytes).is_ok()
+    }
+
+    /// Fetches one unit. If it fails because part of its range does not exist, the
+    /// other parts are fetched alone, so that the failure stays where it belongs.
+    fn fetch_unit(&self, range: Range<u64>, jobs: VecDeque<Job<'a>>, request: &mut Request<'_>) {
+        let Err((rest, error)) = self.transfer(range, jobs, request) else {
+            return;
+        };
+        let alone = rest.len() > 1 && concerns_the_range(&error);
+        for job in rest {
+            if !alone {
+                job.fail(&error, request);
+                continue;
+            }
+            let range = job.stored.clone();
+            if let Err((rest, error)) = self.transfer(range, [job].into(), request) {
+                rest.into_iter().for_each(|job| job.fail(&error, request));
+            }
+        }
+    }
+
+    /// One request. On error returns the jobs that are not done.
+    fn transfer(
+        &self,
+        range: Range<u64>,
+        jobs: VecDeque<Job<'a>>,
+        request: &mut Request<'_>,
+    ) -> Result<(), (VecDeque<Job<'a>>, ReadError)> {
+        let start = Instant::now();
+        let fetch = Fetch {
+            blob: &self.info.id,
+            range: range.clone(),
+            priority: request.priority,
+        };
+        let mut unpacker = Unpacker::new(self, jobs, range.start);
+        let result = self
+            .backend
+            .fetch(&fetch, &mut |bytes| unpacker.feed(bytes, request));
+        self.metrics.fetched(fetch.priority, unpacker.received);
+        add_time(&self.metrics.fetch_time, start);
+        if unpacker.jobs.is_empty() {
+            return Ok(());
+        }
+        let error = match result {
+            Err(BackendError::Stopped) => self.stopped(),
+            Err(error) => self.fetch_error(range, error),
+            // A backend that breaks its promise.
+            Ok(()) => {
+                let error = BackendError::Short {
+                    name: self.info.id.to_string(),
+                    offset: range.start,
+                    len: range.end - range.start,
+                    got: unpacker.received,
+                };
+                self.fetch_error(range, error)
+            }
+        };
+        add(&self.metrics.fetch_failures, 1);
+        Err((unpacker.jobs, error))
+    }
+
+    /// Checks that `bytes` are the ones the image was built from, and belong there.
+    fn verify<'b>(&self, member: &Member, bytes: &'b [u8]) -> Result<&'b [u8], ReadError> {
+        let (blob, index) = (self.info.id.clone(), member.index);
+        if let Some(start) = self.digests.chunk_plain_offset(index)
+            && start != member.plain.start
+        {
+            return Err(ReadError::Mismatch {
+                blob,
+                index,
+                image: start..start.saturating_add(member.size.into()),
+                table: member.plain.clone(),
+            });
+        }
+        match self.digests.chunk_digest(index) {
+            None => Err(ReadError::NoDigest { blob, index }),
+            Some(digest) if digest == Digest::of(self.info.digester, bytes) => Ok(bytes),
+            Some(_) => Err(ReadError::Digest { blob, index }),
+        }
+    }
+
+    /// Puts a verified chunk where readers find it.
+    fn publish(&self, member: &Member, bytes: &[u8]) -> Outcome {
+        match self.files.store(member.index, member.plain.start, bytes) {
+            Ok(()) => {
+                self.state.recent.forget(member.index);
+                add(&self.metrics.chunks_filled, 1);
+                add(&self.metrics.bytes_filled, member.size.into());
+                Outcome::Stored
+            }
+            Err(cause) => {
+                add(&self.metrics.write_failures, 1);
+                let bytes = Bytes::copy_from_slice(bytes);
+                self.state.recent.put(member.index, bytes.clone());
+                Outcome::Memory { bytes, cause }
+            }
+        }
+    }
+
+    /// Waits until a chunk that another reader was fetching is done. If that reader
+    /// gave up, or was not in a hurry and failed, fetches it after all.
+    fn settle(&self, index: ChunkIndex, request: &mut Request<'_>) -> Result<(), ReadError> {
+        for _ in 0..MAX_TURNS {
+            if self.files.is_ready(index) || request.holds(index) {
+                return Ok(());
+            }
+            let Some(flight) = self.state.flights.get(index) else {
+                self.lead_missing(index.get()..index.get() + 1, request)?;
+                continue;
+            };
+            let start = Instant::now();
+            let outcome = flight.wait(start + WAIT_LIMIT, &self.state.stopped);
+            add(&self.metrics.waits, 1);
+            add_time(&self.metrics.wait_time, start);
+            match outcome {
+                None => return Err(self.no_result(index, start.elapsed())),
+                Some(Outcome::Failed(_)) if flight.priority < request.priority => {}
+                Some(outcome) => request.note(index, &outcome),
+            }
+            request.check()?;
+        }
+        Err(ReadError::Abandoned {
+            blob: self.info.id.clone(),
+        })
+    }
+
+    fn no_result(&self, index: ChunkIndex, waited: Duration) -> ReadError {
+        if self.state.stopped.load(Ordering::Relaxed) {
+            return self.stopped();
+        }
+        ReadError::TimedOut {
+            blob: self.info.id.clone(),
+            index,
+            waited,
+        }
+    }
+
+    fn stopped(&self) -> ReadError {
+        ReadError::Stopped {
+            blob: self.info.id.clone(),
+        }
+    }
+
+    fn fetch_error(&self, stored: Range<u64>, error: BackendError) -> ReadError {
+        ReadError::Fetch {
+            blob: self.info.id.clone(),
+            stored,
+            source: Arc::new(error),
+        }
+    }
+
+    fn table_error(&self, error: FormatError) -> ReadError {
+        ReadError::Table {
+            blob: self.info.id.clone(),
+            source: Arc::new(error),
+        }
+    }
+}
+
+/// Whether a shorter request may succeed where this one failed.
+fn concerns_the_range(error: &ReadError) -> bool {
+    let ReadError::Fetch { source, .. } = error else {
+        return false;
+    };
+    match &**source {
+        BackendError::Short { .. } | BackendError::Status { status: 416, .. } => true,
+        BackendError::File { source, .. } => source.raw_os_error() == Some(libc::EIO),
+        _ => false,
+    }
+}
+
+/// A length of the format as a length in memory.
+fn usize_of(len: u32) -> usize {
+    ChunkIndex::new(len).as_usize()
+}

@@ -189,7 +189,7 @@ pub struct Args {
     #[arg(long, hide = true)]
     pub disable_check: bool,
 
-    /// Do not store chunks that this image has: bootstrap=<path> or <path>
+    /// Do not store chunks that this image has: bootstrap=PATH or PATH
     #[arg(long, value_name = "chunk-dict", help_heading = "Reuse")]
     pub chunk_dict: Option<String>,
 

@@ -79,21 +79,15 @@ impl Image {
 
     /// Position of the record of a chunk in the chunk table.
     ///
-    /// The first call sorts the table's positions by blob and chunk.
+    /// The first call sorts the table's positions by blob and chunk; a call
+    /// costs one comparison if the table has all chunks of the blob.
     #[must_use]
     pub fn chunk_position(&self, blob: BlobIndex, index: ChunkIndex) -> Option<usize> {
         let records = self.raw_chunks();
-        let order = self.chunk_order.get_or_init(|| sorted_positions(records));
-        let wanted = u64::from(blob.get()) << 32 | u64::from(index.get());
-        let key_at = |position: &u32| {
-            usize::try_from(*position)
-                .ok()
-                .and_then(|p| records.get(p))
-                .map_or(u64::MAX, key)
-        };
-        let found = order.partition_point(|p| key_at(p) < wanted);
-        let position = order.get(found).filter(|p| key_at(p) == wanted)?;
-        usize::try_from(*position).ok()
+        let order = self
+            .chunk_order
+            .get_or_init(|| ChunkOrder::new(records, self.blobs.len()));
+        order.find(records, blob, index)
     }
 
     fn raw_chunks(&self) -> &[RawChunkRecord] {
@@ -157,9 +151,51 @@ impl Image {
     }
 }
 
-fn sorted_positions(records: &[RawChunkRecord]) -> Vec<u32> {
-    // A table of 2^32 records has 320 GiB; what lies beyond is not found.
-    let mut keyed: Vec<(u64, u32)> = records.iter().map(key).zip(0_u32..).collect();
-    keyed.sort_unstable();
-    keyed.into_iter().map(|(_, position)| position).collect()
+/// Positions in the chunk table in order of blob and chunk index.
+#[derive(Debug)]
+pub(super) struct ChunkOrder {
+    /// One position for every blob and chunk index that has a record.
+    positions: Vec<u32>,
+    /// Where the positions of each blob start, and where the last one's end.
+    starts: Vec<usize>,
+}
+
+impl ChunkOrder {
+    fn new(records: &[RawChunkRecord], blobs: usize) -> Self {
+        // A table of 2^32 records has 320 GiB; what lies beyond is not found.
+        let mut keyed: Vec<(u64, u32)> = records.iter().map(key).zip(0_u32..).collect();
+        keyed.sort_unstable();
+        keyed.dedup_by_key(|(key, _)| *key);
+        let starts = (0..=len64(blobs))
+            .map(|blob| keyed.partition_point(|(key, _)| key >> 32 < blob))
+            .collect();
+        Self {
+            positions: keyed.into_iter().map(|(_, position)| position).collect(),
+            starts,
+        }
+    }
+
+    fn find(
+        &self,
+        records: &[RawChunkRecord],
+        blob: BlobIndex,
+        index: ChunkIndex,
+    ) -> Option<usize> {
+        let start = *self.starts.get(blob.as_usize())?;
+        let end = *self.starts.get(blob.as_usize().checked_add(1)?)?;
+        let of_blob = self.positions.get(start..end)?;
+        let record = |position: &u32| {
+            let position = usize::try_from(*position).ok()?;
+            Some((position, records.get(position)?.index.get()))
+        };
+        // Every index appears once, so chunk `i` has at most `i` before it; it
+        // has exactly `i` if none is missing.
+        let latest = of_blob.get(..=index.as_usize()).unwrap_or(of_blob);
+        let before = match latest.last().and_then(record) {
+            Some((_, last)) if last == index.get() => latest.len() - 1,
+            _ => latest.partition_point(|p| record(p).is_some_and(|(_, i)| i < index.get())),
+        };
+        let (position, found) = record(latest.get(before)?)?;
+        (found == index.get()).then_some(position)
+    }
 }

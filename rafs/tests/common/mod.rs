@@ -184,7 +184,7 @@ fn content(tree: &mut Tree, kind: &Kind, next: &mut u32) -> Content {
     }
 }
 
-fn chunk(index: u32, len: u32, file_offset: u64) -> ChunkRecord {
+pub(crate) fn chunk(index: u32, len: u32, file_offset: u64) -> ChunkRecord {
     ChunkRecord {
         digest: Digest::of(Digester::Blake3, &index.to_le_bytes()),
         blob: BlobIndex::new(0),

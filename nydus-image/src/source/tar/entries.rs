@@ -17,6 +17,10 @@ use crate::source::{encode_device, printable};
 /// Largest extension (long name, pax records), in bytes.
 const MAX_EXTENSION: u64 = 1 << 20;
 
+/// Largest sum of global pax records, in bytes. Small, because every entry looks at
+/// all of them; archives use it for a comment.
+const MAX_GLOBAL: usize = 16 << 10;
+
 /// Why an archive cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("{archive}: at byte {at}: {cause}")]
@@ -150,7 +154,7 @@ impl<R: Read> Archive<R> {
                 b'g' => {
                     let records = self.records(&header)?;
                     self.global.extend(records);
-                    if self.global.bytes() as u64 > MAX_EXTENSION {
+                    if self.global.bytes() > MAX_GLOBAL {
                         return Err(self.damaged("its global headers are too large"));
                     }
                 }

@@ -1,0 +1,277 @@
+//! The configuration file: one parser for every syntax and version in use.
+//!
+//! Text becomes a tree of values ([`node`]), the tree is read through
+//! [`section`] by the rules of its version ([`v1`], [`v2`]; back ends are the
+//! same in both: [`backend`]), and the result is one [`Config`] that the rest
+//! of the daemon can trust. Keys nobody knows become warnings; values that make
+//! no sense, and features this daemon does not have, are errors that name the
+//! key, the value and what is allowed.
+//!
+//! What the keys mean to a user: `docs/nydusd.md`, "Configuration file".
+
+mod backend;
+mod node;
+mod section;
+mod v1;
+mod v2;
+
+use std::fmt;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use node::{Node, Table};
+use section::Section;
+
+/// Larger files are refused before they are parsed, in bytes.
+const MAX_FILE_SIZE: u64 = 1 << 20;
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Config {
+    /// Name of the instance; may be empty.
+    pub id: String,
+    /// Where blobs come from.
+    pub backend: Backend,
+    /// Directory of the chunk cache.
+    pub cache_dir: PathBuf,
+    /// Background fetching, if wanted.
+    pub prefetch: Option<Prefetch>,
+    /// What the user should hear about: unknown keys, settings without effect.
+    pub warnings: Vec<String>,
+}
+
+/// Where blobs come from.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Backend {
+    /// Files named by blob id, in the first of these directories that has them.
+    LocalFs(Vec<PathBuf>),
+    /// An OCI registry.
+    Registry(Registry),
+}
+
+/// Settings of the registry back end.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Registry {
+    /// Host, with port if it is not the default one.
+    pub host: String,
+    /// Repository, without host and tag.
+    pub repo: String,
+    /// Whether requests go over plain HTTP.
+    pub plain_http: bool,
+    /// Who we are to the registry.
+    pub login: Login,
+    /// Accept any TLS certificate.
+    pub skip_verify: bool,
+    /// PEM files with further trusted authorities.
+    pub ca_cert_files: Vec<PathBuf>,
+    /// Limit for the silence between two pieces of an answer.
+    pub timeout: Duration,
+    /// Limit for setting up a connection.
+    pub connect_timeout: Duration,
+    /// Further attempts after a failed one; `None` leaves it to the back end.
+    pub retry_limit: Option<u8>,
+    /// Scheme that replaces the one of redirect targets.
+    pub blob_url_scheme: Option<String>,
+    /// Host that replaces the one of redirect targets.
+    pub blob_redirected_host: Option<String>,
+}
+
+/// Credentials given in a configuration.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub(crate) enum Login {
+    /// None.
+    #[default]
+    Anonymous,
+    /// User name and password.
+    Basic {
+        /// User name.
+        user: String,
+        /// Password or access token.
+        password: String,
+    },
+    /// A bearer token, sent as it is.
+    Bearer(String),
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Anonymous => "Anonymous",
+            Self::Basic { .. } => "Basic(..)",
+            Self::Bearer(_) => "Bearer(..)",
+        })
+    }
+}
+
+/// Background fetching.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Prefetch {
+    /// Threads that fetch.
+    pub threads: u64,
+    /// Bytes fetched at once.
+    pub batch_size: u64,
+    /// Bytes per second; 0 is unlimited.
+    pub bandwidth: u64,
+    /// Fetch everything, not only what the image asks for.
+    pub all: bool,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read {path}")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("invalid configuration: longer than {MAX_FILE_SIZE} bytes")]
+    TooLarge,
+    #[error("failed to parse configuration information as JSON: {reason}")]
+    Json { reason: String },
+    #[error("failed to parse configuration information as JSON or TOML: {reason}")]
+    Toml { reason: String },
+    #[error("invalid configuration: `{key}` is missing")]
+    Missing { key: String },
+    #[error("invalid configuration: `{key}` is {value}, allowed is {allowed}")]
+    Wrong {
+        key: String,
+        value: String,
+        allowed: String,
+    },
+    #[error("invalid configuration: `{key}`: {feature} is not supported yet; {hint}")]
+    Unsupported {
+        key: String,
+        feature: &'static str,
+        hint: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    /// See [`ConfigError`]; the path is in the error when the file is at fault.
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(read)?;
+        // One byte more than allowed is enough to see that it is too much.
+        file.take(MAX_FILE_SIZE + 1)
+            .read_to_string(&mut text)
+            .map_err(read)?;
+        Self::parse(&text)
+    }
+
+    /// Checks a configuration given as text: version 2 as JSON or TOML, or version 1 as JSON.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub(crate) fn parse(text: &str) -> Result<Self, ConfigError> {
+        let size = u64::try_from(text.len()).unwrap_or(u64::MAX);
+        if size > MAX_FILE_SIZE {
+            return Err(ConfigError::TooLarge);
+        }
+        let (table, is_json) = parse_table(text)?;
+        let mut root = Section::root(&table);
+        let mut config = match table.get("version") {
+            Some(Node::Number(2)) => v2::read(&mut root)?,
+            None if is_json => v1::read(&mut root)?,
+            None => {
+                return Err(ConfigError::Missing {
+                    key: "version".to_owned(),
+                });
+            }
+            Some(_) => return Err(root.wrong("version", "2, or no `version` at all in version 1")),
+        };
+        config.warnings = root.into_warnings();
+        Ok(config)
+    }
+}
+
+impl Login {
+    /// Reads `auth`, the base64 form of `user:password`, as the environment
+    /// variable `IMAGE_PULL_AUTH` holds it.
+    ///
+    /// # Errors
+    /// [`ConfigError::Wrong`] if it cannot be decoded; its text is not repeated.
+    pub(crate) fn from_auth(auth: &str) -> Result<Self, ConfigError> {
+        backend::decode_auth(auth).ok_or_else(|| ConfigError::Wrong {
+            key: "IMAGE_PULL_AUTH".to_owned(),
+            value: "(not shown)".to_owned(),
+            allowed: "the base64 form of `user:password`".to_owned(),
+        })
+    }
+}
+
+/// The text as a table, and whether it was JSON.
+fn parse_table(text: &str) -> Result<(Table, bool), ConfigError> {
+    let json = match serde_json::from_str::<Node>(text) {
+        Ok(Node::Table(table)) => return Ok((table, true)),
+        Ok(other) => ConfigError::Json {
+            reason: format!("found {other}, not an object"),
+        },
+        Err(err) => ConfigError::Json {
+            reason: err.to_string(),
+        },
+    };
+    // What starts like an object was meant as JSON: TOML's opinion would only confuse.
+    if text.trim_start().starts_with('{') {
+        return Err(json);
+    }
+    match toml::from_str::<Node>(text) {
+        Ok(Node::Table(table)) => Ok((table, false)),
+        Ok(other) => Err(ConfigError::Toml {
+            reason: format!("found {other}, not a table"),
+        }),
+        Err(err) => Err(ConfigError::Toml {
+            reason: err.to_string().trim_end().to_owned(),
+        }),
+    }
+}
+
+/// The kind of cache: for RAFS v6 only a file cache will do.
+fn cache_type(section: &mut Section<'_>) -> Result<(), ConfigError> {
+    match section.text("type")?.unwrap_or_default() {
+        "blobcache" | "filecache" => Ok(()),
+        "fscache" => Err(ConfigError::Unsupported {
+            key: section.path_of("type"),
+            feature: "the kernel cache (fscache)",
+            hint: "use `filecache`",
+        }),
+        // Also what an absent or empty type means.
+        _ => Err(section.wrong(
+            "type",
+            "\"filecache\" or \"blobcache\": RAFS v6 images are served from a file cache",
+        )),
+    }
+}
+
+/// Keys of a file cache that are the same in both versions.
+fn file_cache(section: &mut Section<'_>) -> Result<PathBuf, ConfigError> {
+    let dir = section
+        .text("work_dir")?
+        .filter(|dir| !dir.is_empty())
+        .unwrap_or(".");
+    if section.flag("disable_indexed_map", false)? {
+        section.warn(
+            "disable_indexed_map",
+            "no effect, the chunk map is always kept",
+        );
+    }
+    if section.flag("enable_encryption", false)? {
+        return Err(ConfigError::Unsupported {
+            key: section.path_of("enable_encryption"),
+            feature: "an encrypted cache",
+            hint: "put the cache directory on an encrypted file system",
+        });
+    }
+    section.ignore(&["enable_convergent_encryption", "encryption_key"]);
+    Ok(PathBuf::from(dir))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,322 @@
+//! Configurations that clients send, and what is wrong with those that are refused.
+
+use super::*;
+
+const V2: &str = r#"
+version = 2
+id = "one"
+[backend]
+type = "registry"
+[backend.registry]
+host = "registry.example:5000"
+repo = "library/nginx"
+scheme = "http"
+auth = "dXNlcjpwYXNz"
+timeout = 7
+retry_limit = 3
+[cache]
+type = "filecache"
+[cache.filecache]
+work_dir = "/cache"
+[rafs]
+mode = "direct"
+"#;
+
+/// What a containerd client writes, stray keys included.
+const V1: &str = r#"{
+  "device": {
+    "id": "/12",
+    "backend": {
+      "type": "registry",
+      "config": {"readahead": false, "host": "r.example", "repo": "a/b", "auth": "",
+                 "scheme": "https", "timeout": 5, "connect_timeout": 5, "retry_limit": 0,
+                 "mirrors": [{"host": "http://m"}], "proxy": {"url": "", "fallback": true}}
+    },
+    "external_backends": null,
+    "cache": {"type": "blobcache", "compressed": true, "config": {"work_dir": "/c",
+              "disable_indexed_map": false}}
+  },
+  "mode": "direct", "digest_validate": false, "iostats_files": false, "enable_xattr": true,
+  "amplify_io": 1048576, "warmup": 0, "id": "stray",
+  "fs_prefetch": {"enable": true, "threads_count": 4, "merging_size": 524288,
+                  "bandwidth_rate": 0, "prefetch_all": true}
+}"#;
+
+const LOCAL: &str = r#"{"version":2,
+  "backend":{"type":"localfs","localfs":{"dir":"/blobs","alt_dirs":["/more"],"readahead":true}},
+  "cache":{"type":"blobcache","filecache":{"work_dir":"/c"},"prefetch":{"enable":false}},
+  "rafs":{"mode":"direct","enable_xattr":true}}"#;
+
+#[test]
+fn version_2_toml() {
+    let config = Config::parse(V2).unwrap();
+    assert_eq!(config.id, "one");
+    assert_eq!(config.cache_dir, Path::new("/cache"));
+    assert_eq!(config.warnings, Vec::<String>::new());
+    let Backend::Registry(registry) = config.backend else {
+        panic!("not a registry")
+    };
+    assert_eq!(registry.host, "registry.example:5000");
+    assert!(registry.plain_http);
+    assert_eq!(registry.timeout, Duration::from_secs(7));
+    assert_eq!(registry.connect_timeout, Duration::from_secs(5));
+    assert_eq!(registry.retry_limit, Some(3));
+    let basic = Login::Basic {
+        user: "user".into(),
+        password: "pass".into(),
+    };
+    assert_eq!(registry.login, basic);
+    assert!(!format!("{:?}", registry.login).contains("pass"));
+}
+
+#[test]
+fn version_1_with_stray_keys() {
+    let config = Config::parse(V1).unwrap();
+    assert_eq!(config.id, "/12");
+    assert_eq!(config.cache_dir, Path::new("/c"));
+    let prefetch = Prefetch {
+        threads: 4,
+        batch_size: 524_288,
+        bandwidth: 0,
+        all: true,
+    };
+    assert_eq!(config.prefetch, Some(prefetch));
+    let mut warned: Vec<&str> = config
+        .warnings
+        .iter()
+        .map(|text| text.split(':').next().unwrap())
+        .collect();
+    warned.sort_unstable();
+    assert_eq!(
+        warned,
+        [
+            "device.backend.config.mirrors",
+            "device.backend.config.readahead",
+            "id",
+            "warmup"
+        ]
+    );
+}
+
+#[test]
+fn local_directories_in_order() {
+    let config = Config::parse(LOCAL).unwrap();
+    assert_eq!(
+        config.backend,
+        Backend::LocalFs(vec!["/blobs".into(), "/more".into()])
+    );
+    assert_eq!(config.prefetch, None);
+}
+
+#[test]
+fn credentials_are_decoded_and_not_repeated() {
+    let login = Login::from_auth("bWU6c2VjcmV0Og==").unwrap();
+    assert_eq!(
+        login,
+        Login::Basic {
+            user: "me".into(),
+            password: "secret:".into()
+        }
+    );
+    let err = Login::from_auth("s3cr3t!").unwrap_err().to_string();
+    assert!(
+        err.contains("IMAGE_PULL_AUTH") && !err.contains("s3cr3t"),
+        "{err}"
+    );
+}
+
+/// Each row: a valid text, what to replace in it, and what the message must contain.
+#[test]
+fn what_is_refused_and_why() {
+    let rows: &[(&str, &str, &str, &[&str])] = &[
+        (
+            LOCAL,
+            r#""version":2"#,
+            r#""version":3"#,
+            &["`version` is 3", "allowed is 2"],
+        ),
+        (
+            LOCAL,
+            r#""type":"localfs""#,
+            r#""type":7"#,
+            &["`backend.type` is 7", "a string"],
+        ),
+        (
+            LOCAL,
+            r#""type":"localfs""#,
+            r#""type":"ftp""#,
+            &["`backend.type`", "ftp", "registry"],
+        ),
+        (
+            LOCAL,
+            r#""type":"localfs""#,
+            r#""type":"s3""#,
+            &["`backend.type`", "S3", "not supported"],
+        ),
+        (
+            LOCAL,
+            r#""type":"localfs""#,
+            r#""type":"registry""#,
+            &["`backend.registry` is missing"],
+        ),
+        (
+            LOCAL,
+            r#""dir":"/blobs""#,
+            r#""dir":"""#,
+            &["`backend.localfs.dir` is missing"],
+        ),
+        (
+            LOCAL,
+            r#""dir":"/blobs""#,
+            r#""blob_file":"/x""#,
+            &["blob_file", "not supported"],
+        ),
+        (
+            LOCAL,
+            r#"["/more"]"#,
+            r#"["/more",1]"#,
+            &["`backend.localfs.alt_dirs`", "strings"],
+        ),
+        (
+            LOCAL,
+            r#""blobcache""#,
+            r#""""#,
+            &["`cache.type`", "RAFS v6"],
+        ),
+        (
+            LOCAL,
+            r#""blobcache""#,
+            r#""fscache""#,
+            &["`cache.type`", "fscache", "filecache"],
+        ),
+        (
+            LOCAL,
+            r#"{"enable":false}"#,
+            r#"{"enable":true,"threads":0}"#,
+            &["`cache.prefetch.threads` is 0", "1 to 1024"],
+        ),
+        (
+            LOCAL,
+            r#"{"enable":false}"#,
+            r#"{"enable":"no"}"#,
+            &["cache.prefetch.enable", "true"],
+        ),
+        (
+            LOCAL,
+            r#"{"enable":false}"#,
+            r#"{}"#,
+            &["`cache.prefetch.enable` is missing"],
+        ),
+        (
+            LOCAL,
+            r#""mode":"direct""#,
+            r#""mode":"fast""#,
+            &["`rafs.mode` is \"fast\"", "cached"],
+        ),
+        (LOCAL, r#""rafs":"#, r#""raft":"#, &["`rafs` is missing"]),
+        (
+            LOCAL,
+            r#""enable_xattr":true"#,
+            r#""batch_size":-1"#,
+            &["rafs.batch_size", "-1"],
+        ),
+        (
+            LOCAL,
+            r#""rafs":"#,
+            r#""cache":{},"rafs":"#,
+            &["`cache` occurs twice"],
+        ),
+        (
+            LOCAL,
+            r#""rafs":"#,
+            r#""external_backends":[{}],"rafs":"#,
+            &["external blobs"],
+        ),
+        (
+            V2,
+            "host = \"registry",
+            "host = \"http://registry",
+            &["`backend.registry.host`"],
+        ),
+        (
+            V2,
+            "scheme = \"http\"",
+            "scheme = \"ftp\"",
+            &["`backend.registry.scheme`", "https"],
+        ),
+        (
+            V2,
+            "dXNlcjpwYXNz",
+            "@@@",
+            &["`backend.registry.auth` is (not shown)", "base64"],
+        ),
+        (
+            V2,
+            "timeout = 7",
+            "timeout = 86401",
+            &["`backend.registry.timeout`", "86400"],
+        ),
+        (
+            V2,
+            "retry_limit = 3",
+            "retry_limit = 256",
+            &["retry_limit` is 256", "0 to 255"],
+        ),
+        (V2, "version = 2", "", &["`version` is missing"]),
+        (V2, "[cache]", "[[cache", &["as JSON or TOML", "line"]),
+        (
+            V2,
+            "[rafs]",
+            "[cache]\n[rafs]",
+            &["as JSON or TOML", "duplicate"],
+        ),
+        (
+            V1,
+            r#""mode": "direct""#,
+            r#""mood": "direct""#,
+            &["`mode` is missing"],
+        ),
+        (
+            V1,
+            r#""compressed": true, "config""#,
+            r#""confix""#,
+            &["`device.cache.config`"],
+        ),
+        (
+            V1,
+            r#""url": "", "fallback": true"#,
+            r#""url": "http://p", "fallback": false"#,
+            &["`device.backend.config.proxy.url`", "not supported"],
+        ),
+        (V1, r#""mode": "direct","#, "", &["`mode` is missing"]),
+        (V1, "\"mode\"", "mode", &["as JSON", "line"]),
+    ];
+    for (base, from, to, wanted) in rows {
+        assert!(base.contains(from), "row {from} changes nothing");
+        let text = base.replacen(from, to, 1);
+        let message = Config::parse(&text).expect_err(to).to_string();
+        for part in *wanted {
+            assert!(message.contains(part), "{to}: {message}");
+        }
+    }
+}
+
+#[test]
+fn a_proxy_with_fallback_is_by_passed_aloud() {
+    let text = V1.replacen(r#""url": """#, r#""url": "http://p""#, 1);
+    let config = Config::parse(&text).unwrap();
+    assert!(
+        config
+            .warnings
+            .iter()
+            .any(|text| text.contains("proxy.url: proxies are not"))
+    );
+}
+
+#[test]
+fn an_endless_file_is_refused() {
+    // Never ends, so it has to be cut off.
+    assert!(Config::load(Path::new("/dev/zero")).is_err());
+    let long = format!("{V2}# {}", "x".repeat(1 << 20));
+    assert!(matches!(Config::parse(&long), Err(ConfigError::TooLarge)));
+}

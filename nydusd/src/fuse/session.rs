@@ -1,0 +1,183 @@
+//! One FUSE mount: its entry in the mount table and its `/dev/fuse` descriptor.
+//!
+//! Mounting is `mount(2)` itself, without a helper program, so it needs
+//! `CAP_SYS_ADMIN`. Requests are read with plain blocking reads: the kernel wakes
+//! one waiting thread per request, and ends every read with `ENODEV` when the
+//! file system is unmounted, which is how threads learn that it is over.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{major, minor};
+
+/// Largest data of one request or reply, in bytes: 256 pages, the kernel's limit.
+pub(crate) const MAX_DATA: usize = 1 << 20;
+/// Room for the headers in front of the data, in bytes.
+const HEADERS: usize = 4096;
+/// Size of a buffer that holds any request or any reply, in bytes.
+pub(crate) const BUFFER_SIZE: usize = MAX_DATA + HEADERS;
+/// Read-ahead window, in KiB: as much as one request carries.
+const READ_AHEAD_KIB: u32 = 1024;
+/// How long a mount that is busy is given before it is detached.
+const BUSY_WAIT: Duration = Duration::from_millis(200);
+
+/// A mounted FUSE file system.
+#[derive(Debug)]
+pub(crate) struct Session {
+    mountpoint: PathBuf,
+    device: File,
+}
+
+impl Session {
+    /// Mounts on `mountpoint`; requests wait until somebody reads [`Session::device`].
+    ///
+    /// # Errors
+    /// When the mount point is no directory, `/dev/fuse` cannot be opened or the
+    /// kernel refuses; the message says which, and what usually helps.
+    pub(crate) fn mount(mountpoint: &Path) -> anyhow::Result<Self> {
+        let mountpoint = check_mountpoint(mountpoint)?;
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .context("cannot open /dev/fuse; load the kernel module with `modprobe fuse`")?;
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={BUFFER_SIZE}",
+            device.as_raw_fd()
+        );
+        let flags =
+            MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
+        mount(
+            Some("rafs"),
+            &mountpoint,
+            Some("fuse"),
+            flags,
+            Some(options.as_str()),
+        )
+        .map_err(|errno| {
+            let hint = if errno == Errno::EPERM {
+                "; mounting needs CAP_SYS_ADMIN"
+            } else {
+                ""
+            };
+            anyhow::Error::new(errno)
+                .context(format!("cannot mount on {}{hint}", mountpoint.display()))
+        })?;
+        Ok(Self { mountpoint, device })
+    }
+
+    /// Where it is mounted, absolute.
+    pub(crate) fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// The descriptor that requests are read from and replies written to.
+    pub(crate) fn device(&self) -> &File {
+        &self.device
+    }
+
+    /// Waits until the kernel and the threads behind [`Session::device`] agreed
+    /// on how to talk, then tunes what can only be tuned after that.
+    ///
+    /// # Errors
+    /// When the first request fails: nothing would work.
+    pub(crate) fn wait_until_served(&self) -> anyhow::Result<()> {
+        let root = std::fs::symlink_metadata(&self.mountpoint)
+            .with_context(|| format!("{}: first request failed", self.mountpoint.display()))?;
+        set_read_ahead(root.dev());
+        Ok(())
+    }
+
+    /// Unmounts. A file system in use is detached: it disappears from the mount
+    /// table now, and whoever still uses it gets errors once we are gone.
+    ///
+    /// # Errors
+    /// When the kernel refuses both.
+    pub(crate) fn unmount(&self) -> anyhow::Result<()> {
+        let name = self.mountpoint.display();
+        let flags = MntFlags::UMOUNT_NOFOLLOW;
+        let mut result = umount2(&self.mountpoint, flags);
+        if result == Err(Errno::EBUSY) {
+            // A process that just ended may hold its last descriptor for an instant.
+            std::thread::sleep(BUSY_WAIT);
+            result = umount2(&self.mountpoint, flags);
+        }
+        match result {
+            Ok(()) => Ok(()),
+            // Somebody was faster.
+            Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+            Err(Errno::EBUSY) => {
+                tracing::warn!(
+                    "{name} is in use: detaching it; programs that still use it will see errors"
+                );
+                umount2(&self.mountpoint, flags | MntFlags::MNT_DETACH)
+                    .with_context(|| format!("cannot detach {name}"))
+            }
+            Err(errno) => Err(errno).with_context(|| format!("cannot unmount {name}")),
+        }
+    }
+}
+
+/// The mount point as an absolute path without symbolic links.
+fn check_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
+    let full = path
+        .canonicalize()
+        .map_err(|err| match err.raw_os_error() {
+            Some(libc::ENOTCONN) => anyhow::anyhow!(
+                "mount point {0} is left over from a daemon that died; run `umount {0}` first",
+                path.display()
+            ),
+            _ => anyhow::Error::new(err).context(format!("mount point {}", path.display())),
+        })?;
+    ensure!(
+        full.is_dir(),
+        "mount point {} is not a directory",
+        full.display()
+    );
+    if full == Path::new("/") {
+        bail!("mount point is the root of the system; choose a directory");
+    }
+    Ok(full)
+}
+
+/// Lets the kernel read as far ahead as one request can carry.
+fn set_read_ahead(device: u64) {
+    let path = format!(
+        "/sys/class/bdi/{}:{}/read_ahead_kb",
+        major(device),
+        minor(device)
+    );
+    if let Err(err) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
+        tracing::warn!("{path}: {err}; sequential reads stay at the kernel's read-ahead");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_point_must_be_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(
+            check_mountpoint(dir.path()).unwrap(),
+            dir.path().canonicalize().unwrap()
+        );
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let err = check_mountpoint(&file).unwrap_err().to_string();
+        assert!(err.contains("file is not a directory"), "{err}");
+        let err = format!(
+            "{:#}",
+            check_mountpoint(&dir.path().join("absent")).unwrap_err()
+        );
+        assert!(err.contains("absent: No such file"), "{err}");
+        assert!(check_mountpoint(Path::new("/")).is_err());
+    }
+}

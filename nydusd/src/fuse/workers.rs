@@ -1,0 +1,261 @@
+//! The threads that answer FUSE requests.
+//!
+//! Two kinds, so that metadata never waits behind the network:
+//!
+//! * **front** threads, a fixed number, read requests from the device and answer
+//!   what can be answered from this machine: metadata, and data that is in the
+//!   cache already;
+//! * **fetch** threads wait for data that is not. A front thread hands such a
+//!   read over and turns to the next request. They are started when all are
+//!   busy, up to [`MAX_FETCHERS`], and end when there was nothing to do for a
+//!   while. More reads than that wait in a queue, which the kernel bounds: each
+//!   entry is a request of a process that waits, or read-ahead of one.
+//!
+//! A handed-over request is its raw bytes, answered by the same code with the
+//! same reply path; nothing else is shared between the threads.
+
+use std::collections::VecDeque;
+use std::io::Read as _;
+use std::os::fd::AsRawFd as _;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use fuse_backend_rs::abi::fuse_abi::Opcode;
+use fuse_backend_rs::api::filesystem::FileSystem;
+use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::session::{BUFFER_SIZE, Session};
+
+/// Most threads that wait for the network at once.
+const MAX_FETCHERS: usize = 512;
+/// How long a fetch thread waits for work before it ends.
+const FETCHER_PATIENCE: Duration = Duration::from_secs(10);
+/// Stack of a thread, in bytes. Requests are handled without deep recursion.
+const STACK_SIZE: usize = 512 << 10;
+
+/// Tells which reads can be answered without waiting for the network.
+pub(crate) trait Residency {
+    /// Whether the bytes at `offset` of node `node` can be read at once.
+    /// An error is as good as an answer: it will be found again and reported.
+    fn is_resident(&self, node: u64, offset: u64, size: u32) -> bool;
+}
+
+/// What the threads share.
+struct Shared<F: FileSystem + Send + Sync> {
+    session: Arc<Session>,
+    server: Server<Arc<F>>,
+    files: Arc<F>,
+    fetches: Mutex<Fetches>,
+    work: Condvar,
+}
+
+/// Reads that wait for a fetch thread, and the threads there are.
+#[derive(Default)]
+struct Fetches {
+    queue: VecDeque<Vec<u8>>,
+    threads: usize,
+    idle: usize,
+    closed: bool,
+}
+
+/// The running threads of one session.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    front: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Starts `count` front threads that serve `session` from `files`.
+    ///
+    /// # Errors
+    /// When a thread cannot be started; those that were end with the session.
+    pub(crate) fn start<F>(
+        session: &Arc<Session>,
+        files: &Arc<F>,
+        count: u16,
+    ) -> anyhow::Result<Self>
+    where
+        F: FileSystem + Residency + Send + Sync + 'static,
+    {
+        let shared = Arc::new(Shared {
+            session: Arc::clone(session),
+            server: Server::new(Arc::clone(files)),
+            files: Arc::clone(files),
+            fetches: Mutex::default(),
+            work: Condvar::new(),
+        });
+        let front = (0..count)
+            .map(|index| {
+                let shared = Arc::clone(&shared);
+                spawn(format!("fuse-{index}"), move || shared.serve())
+            })
+            .collect::<anyhow::Result<_>>()?;
+        Ok(Self { front })
+    }
+
+    /// Waits until the session has ended, by whatever cause.
+    pub(crate) fn join(self) {
+        for thread in self.front {
+            // A panic was printed by the thread itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> anyhow::Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(name)
+        .stack_size(STACK_SIZE)
+        .spawn(body)
+        .context("cannot start a thread")
+}
+
+impl<F> Shared<F>
+where
+    F: FileSystem + Residency + Send + Sync + 'static,
+{
+    /// Body of a front thread: one request after the other until the end.
+    fn serve(self: Arc<Self>) {
+        let mut request = vec![0; BUFFER_SIZE];
+        let mut reply = vec![0; BUFFER_SIZE];
+        loop {
+            let mut device = self.session.device();
+            let read = device.read(&mut request);
+            let len = match read {
+                Ok(0) => break,
+                Ok(len) => len,
+                Err(err) => match err.raw_os_error() {
+                    // ENOENT: the requester died while its request was on the way.
+                    Some(libc::ENOENT | libc::EINTR | libc::EAGAIN) => continue,
+                    Some(libc::ENODEV) => break,
+                    _ => {
+                        tracing::error!("reading requests from /dev/fuse: {err}");
+                        break;
+                    }
+                },
+            };
+            let Some(message) = request.get_mut(..len) else {
+                break;
+            };
+            if self.would_wait(message) {
+                self.hand_over(message.to_vec());
+            } else {
+                self.answer(message, &mut reply);
+            }
+        }
+        self.lock().closed = true;
+        self.work.notify_all();
+    }
+
+    /// Whether answering `message` means waiting for the network.
+    fn would_wait(&self, message: &[u8]) -> bool {
+        as_read(message)
+            .is_some_and(|read| !self.files.is_resident(read.nodeid, read.offset, read.size))
+    }
+
+    /// Answers one request. Failures to reply concern a requester that is gone.
+    fn answer(&self, message: &mut [u8], reply: &mut [u8]) {
+        let Ok(reader) = Reader::<()>::from_fuse_buffer(FuseBuf::new(message)) else {
+            return;
+        };
+        let fd = self.session.device().as_raw_fd();
+        let Ok(writer) = FuseDevWriter::<()>::new(fd, reply) else {
+            return;
+        };
+        if let Err(err) = self
+            .server
+            .handle_message(reader, Writer::from(writer), None, None)
+        {
+            tracing::debug!("request not answered: {err}");
+        }
+    }
+
+    /// Queues a read for the fetch threads, with one more of them if all are busy.
+    fn hand_over(self: &Arc<Self>, message: Vec<u8>) {
+        let start = {
+            let mut fetches = self.lock();
+            fetches.queue.push_back(message);
+            let start = fetches.idle < fetches.queue.len() && fetches.threads < MAX_FETCHERS;
+            fetches.threads += usize::from(start);
+            start
+        };
+        self.work.notify_one();
+        if start {
+            let shared = Arc::clone(self);
+            if let Err(err) = spawn("fuse-fetch".to_owned(), move || shared.fetch()) {
+                self.lock().threads -= 1;
+                tracing::warn!("{err:#}; reads wait for the threads there are");
+            }
+        }
+    }
+
+    /// Body of a fetch thread: queued reads until there are none for a while.
+    fn fetch(self: Arc<Self>) {
+        let mut reply = vec![0; BUFFER_SIZE];
+        while let Some(mut message) = self.next_fetch() {
+            self.answer(&mut message, &mut reply);
+        }
+    }
+
+    /// The next queued read; `None` when the thread should end, which is counted.
+    fn next_fetch(&self) -> Option<Vec<u8>> {
+        let mut fetches = self.lock();
+        loop {
+            if let Some(message) = fetches.queue.pop_front() {
+                return Some(message);
+            }
+            if fetches.closed {
+                fetches.threads -= 1;
+                return None;
+            }
+            fetches.idle += 1;
+            let (guard, timeout) = self
+                .work
+                .wait_timeout(fetches, FETCHER_PATIENCE)
+                .unwrap_or_else(PoisonError::into_inner);
+            fetches = guard;
+            fetches.idle -= 1;
+            if timeout.timed_out() && fetches.queue.is_empty() {
+                fetches.threads -= 1;
+                return None;
+            }
+        }
+    }
+
+    /// The state is plain counters, valid whatever a panicking thread did.
+    fn lock(&self) -> MutexGuard<'_, Fetches> {
+        self.fetches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The start of a READ request as the kernel sends it (`struct fuse_in_header`,
+/// then `struct fuse_read_in`), in the machine's byte order.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct ReadRequest {
+    len: u32,
+    opcode: u32,
+    unique: u64,
+    nodeid: u64,
+    uid: u32,
+    gid: u32,
+    pid: u32,
+    padding: u32,
+    fh: u64,
+    offset: u64,
+    size: u32,
+    read_flags: u32,
+}
+
+/// `message` as a READ request; `None` for every other request.
+fn as_read(message: &[u8]) -> Option<ReadRequest> {
+    let (request, _) = ReadRequest::read_from_prefix(message).ok()?;
+    (request.opcode == Opcode::Read as u32).then_some(request)
+}
+
+#[cfg(test)]
+mod tests;

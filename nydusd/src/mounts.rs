@@ -1,0 +1,156 @@
+//! The parts of a mount: where an image's metadata and blobs come from, opened
+//! and ready to be served.
+//!
+//! However an image was named, it becomes a [`Source`]; [`open`] turns that
+//! into the file system that [`fuse`](crate::fuse) answers from. Opening reads
+//! the bootstrap only: no blob is touched before somebody reads a file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use rafs::image::Image;
+use storage::BlobIndex;
+use storage::backend::Backend;
+use storage::backend::local::LocalBackend;
+use storage::blob::Blob;
+use storage::cache::CacheDir;
+
+use crate::config::{self, Config, Login};
+use crate::fuse::RafsFs;
+use crate::fuse::node::Slot;
+
+/// Prefix of environment variables that become headers of backend requests.
+const HEADER_PREFIX: &str = "NYDUS_HEADER_";
+
+/// Environment variable with the credentials for the registry.
+const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
+
+/// Where the parts of one image are.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// The image as the user named it, for messages.
+    pub name: String,
+    /// File with the image's metadata.
+    pub bootstrap: PathBuf,
+    /// Where its blobs come from.
+    pub backend: Arc<dyn Backend>,
+    /// Directory of the chunk cache.
+    pub cache_dir: PathBuf,
+}
+
+impl Source {
+    /// An image whose blobs are files in `blobs`.
+    pub(crate) fn local(bootstrap: PathBuf, blobs: &Path, cache: &Path) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            blobs.is_dir(),
+            "blob directory {} does not exist",
+            blobs.display()
+        );
+        Ok(Self {
+            name: bootstrap.display().to_string(),
+            bootstrap,
+            backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
+            cache_dir: cache.to_owned(),
+        })
+    }
+
+    /// An image whose blobs come from where a configuration says.
+    pub(crate) fn configured(bootstrap: PathBuf, config: &Config) -> anyhow::Result<Self> {
+        Ok(Self {
+            name: bootstrap.display().to_string(),
+            bootstrap,
+            backend: backend(&config.backend)?,
+            cache_dir: config.cache_dir.clone(),
+        })
+    }
+}
+
+/// Reads a configuration file, credentials from the environment included, and
+/// logs what is odd about it.
+pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
+    let mut config =
+        Config::load(path).with_context(|| format!("configuration {}", path.display()))?;
+    if let (Some(login), config::Backend::Registry(registry)) =
+        (login_from_environment()?, &mut config.backend)
+    {
+        registry.login = login;
+    }
+    for warning in &config.warnings {
+        tracing::warn!("configuration {}: {warning}", path.display());
+    }
+    if config.prefetch.is_some() {
+        tracing::warn!(
+            "configuration {}: prefetch has no effect yet",
+            path.display()
+        );
+    }
+    Ok(config)
+}
+
+/// The back end that a configuration describes.
+fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
+    match config {
+        config::Backend::LocalFs(dirs) => Ok(Arc::new(LocalBackend::new(dirs.clone()))),
+        config::Backend::Registry(registry) => self::registry(registry),
+    }
+}
+
+fn registry(_config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
+    let _ = extra_headers();
+    anyhow::bail!("TODO")
+}
+
+/// The repository of an image reference as back end.
+pub(crate) fn registry_of(
+    _name: &storage::oci::RegistryRef,
+    _access: &storage::oci::Access,
+) -> anyhow::Result<Arc<dyn Backend>> {
+    anyhow::bail!("TODO")
+}
+
+/// Credentials given by `IMAGE_PULL_AUTH`, if it is set.
+///
+/// # Errors
+/// When it cannot be decoded.
+pub(crate) fn login_from_environment() -> anyhow::Result<Option<Login>> {
+    match std::env::var(AUTH_VARIABLE) {
+        Ok(auth) if !auth.is_empty() => Ok(Some(Login::from_auth(&auth)?)),
+        _ => Ok(None),
+    }
+}
+
+/// Headers that the environment adds to every request of a back end.
+pub(crate) fn extra_headers() -> Vec<(String, String)> {
+    std::env::vars()
+        .filter_map(|(name, value)| Some((name.strip_prefix(HEADER_PREFIX)?.to_owned(), value)))
+        .filter(|(name, _)| !name.is_empty())
+        .collect()
+}
+
+/// Opens image and blobs.
+///
+/// # Errors
+/// When the bootstrap is unusable, or the cache directory is not writable.
+pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
+    let path = &source.bootstrap;
+    let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
+    let image = Arc::new(image);
+    let cache = CacheDir::open(&source.cache_dir)
+        .with_context(|| format!("cache directory {}", source.cache_dir.display()))?;
+    let blobs = (0u32..)
+        .zip(image.blobs())
+        .map(|(index, info)| {
+            let digests = Arc::new(image.digests(BlobIndex::new(index)));
+            Blob::open(&cache, info.clone(), Arc::clone(&source.backend), digests)
+                .with_context(|| format!("blob {}", info.id))
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    tracing::info!(
+        "image {}: {} inodes, {} blobs",
+        source.name,
+        image.inode_count(),
+        blobs.len()
+    );
+    Ok(RafsFs::new(Slot::FIRST, image, blobs))
+}

@@ -1,0 +1,195 @@
+//! Single flight: of all readers that need a chunk now, one fetches it.
+//!
+//! The first to [`claim`](Flights::claim) a chunk is its leader; everyone else
+//! finds the [`Flight`] and waits. A leader that returns early or panics lands its
+//! flights by dropping them, so nobody waits for a thread that is gone.
+//!
+//! Promises: the lock covers map operations only; a landed flight leaves the map
+//! before its waiters wake, so no result, and no error, is ever served twice.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::backend::Priority;
+use crate::cache::CacheError;
+use crate::error::ReadError;
+use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering, lock, wait};
+use crate::units::ChunkIndex;
+
+/// How often a waiter looks whether the blob is being closed.
+const TICK: Duration = Duration::from_millis(500);
+
+/// How a flight ended.
+#[derive(Clone, Debug)]
+pub(crate) enum Outcome {
+    /// The chunk is in the cache file and marked ready.
+    Stored,
+    /// The chunk is good but could not be written.
+    Memory {
+        /// Its verified bytes.
+        bytes: Bytes,
+        /// Why it is not in the file.
+        cause: CacheError,
+    },
+    /// There are no bytes.
+    Failed(ReadError),
+    /// The leader vanished; a waiter may try itself.
+    Abandoned,
+}
+
+/// A fetch in progress, as its followers see it.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(crate) priority: Priority,
+    outcome: Mutex<Option<Outcome>>,
+    landed: Condvar,
+}
+
+impl Flight {
+    /// Waits for the outcome; `None` at the deadline or once `stop` is set.
+    pub(crate) fn wait(&self, deadline: Instant, stop: &AtomicBool) -> Option<Outcome> {
+        let mut guard = lock(&self.outcome);
+        loop {
+            if let Some(outcome) = &*guard {
+                return Some(outcome.clone());
+            }
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() || stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            guard = wait(&self.landed, guard, rest.min(TICK));
+        }
+    }
+
+    fn land(&self, outcome: Outcome) {
+        *lock(&self.outcome) = Some(outcome);
+        self.landed.notify_all();
+    }
+}
+
+/// The fetches in progress for one blob.
+#[derive(Debug, Default)]
+pub(crate) struct Flights(Mutex<HashMap<ChunkIndex, Arc<Flight>>>);
+
+impl Flights {
+    /// Becomes the leader for those of `chunks` that nobody fetches and that are
+    /// not `done`.
+    ///
+    /// `done` is asked under the lock: a leader publishes its chunk before it gives
+    /// up the claim, so a chunk that is neither in flight nor done is really missing.
+    pub(crate) fn claim(
+        &self,
+        chunks: impl IntoIterator<Item = ChunkIndex>,
+        priority: Priority,
+        done: impl Fn(ChunkIndex) -> bool,
+    ) -> Vec<Claim<'_>> {
+        let mut flights = lock(&self.0);
+        let mut claims = Vec::new();
+        for index in chunks {
+            if done(index) || flights.contains_key(&index) {
+                continue;
+            }
+            let flight = Arc::new(Flight {
+                priority,
+                outcome: Mutex::new(None),
+                landed: Condvar::new(),
+            });
+            flights.insert(index, Arc::clone(&flight));
+            claims.push(Claim {
+                flights: self,
+                index,
+                flight,
+                landed: false,
+            });
+        }
+        claims
+    }
+
+    /// The flight of a chunk, if somebody fetches it now.
+    pub(crate) fn get(&self, index: ChunkIndex) -> Option<Arc<Flight>> {
+        lock(&self.0).get(&index).cloned()
+    }
+
+    fn end(&self, index: ChunkIndex, flight: &Flight, outcome: Outcome) {
+        lock(&self.0).remove(&index);
+        flight.land(outcome);
+    }
+}
+
+/// The duty to fetch a chunk.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    flights: &'a Flights,
+    index: ChunkIndex,
+    flight: Arc<Flight>,
+    landed: bool,
+}
+
+impl Claim<'_> {
+    pub(crate) fn index(&self) -> ChunkIndex {
+        self.index
+    }
+
+    /// Ends the flight and wakes everyone who waits for it.
+    pub(crate) fn land(mut self, outcome: Outcome) {
+        self.landed = true;
+        self.flights.end(self.index, &self.flight, outcome);
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !self.landed {
+            self.flights
+                .end(self.index, &self.flight, Outcome::Abandoned);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn claim(flights: &Flights, i: u32) -> Option<Claim<'_>> {
+        flights
+            .claim([ChunkIndex::new(i)], Priority::OnDemand, |_| false)
+            .pop()
+    }
+
+    #[test]
+    fn there_is_one_leader_and_it_may_vanish() {
+        let flights = Flights::default();
+        let leader = claim(&flights, 1).unwrap();
+        assert!(claim(&flights, 1).is_none());
+        assert!(claim(&flights, 2).is_some());
+        let flight = flights.get(leader.index()).unwrap();
+        let stop = AtomicBool::new(false);
+        let soon = Instant::now() + Duration::from_millis(20);
+        assert!(flight.wait(soon, &stop).is_none(), "the deadline holds");
+        let late = Instant::now() + Duration::from_secs(60);
+        thread::scope(|scope| {
+            let follower = scope.spawn(|| flight.wait(late, &stop));
+            let panicking = scope.spawn(move || {
+                let _leader = leader;
+                panic!("a bug in the leader");
+            });
+            assert!(panicking.join().is_err());
+            assert!(matches!(follower.join().unwrap(), Some(Outcome::Abandoned)));
+        });
+        assert!(claim(&flights, 1).is_some(), "nothing is left behind");
+    }
+
+    #[test]
+    fn a_closing_blob_releases_its_waiters() {
+        let flights = Flights::default();
+        let _leader = claim(&flights, 1).unwrap();
+        let flight = flights.get(ChunkIndex::new(1)).unwrap();
+        let stop = AtomicBool::new(true);
+        let late = Instant::now() + Duration::from_secs(60);
+        assert!(flight.wait(late, &stop).is_none());
+    }
+}
