@@ -65,16 +65,12 @@ pub(crate) struct Registry {
     pub skip_verify: bool,
     /// PEM files with further trusted authorities.
     pub ca_cert_files: Vec<PathBuf>,
-    /// Limit for the silence between two pieces of an answer.
-    pub timeout: Duration,
-    /// Limit for setting up a connection.
-    pub connect_timeout: Duration,
+    /// Limit for the silence between two pieces of an answer, if one was chosen.
+    pub timeout: Option<Duration>,
+    /// Limit for setting up a connection, if one was chosen.
+    pub connect_timeout: Option<Duration>,
     /// Further attempts after a failed one; `None` leaves it to the back end.
     pub retry_limit: Option<u8>,
-    /// Scheme that replaces the one of redirect targets.
-    pub blob_url_scheme: Option<String>,
-    /// Host that replaces the one of redirect targets.
-    pub blob_redirected_host: Option<String>,
 }
 
 /// Credentials given in a configuration.
@@ -227,9 +223,17 @@ fn parse_table(text: &str) -> Result<(Table, bool), ConfigError> {
         Ok(other) => Err(ConfigError::Toml {
             reason: format!("found {other}, not a table"),
         }),
-        Err(err) => Err(ConfigError::Toml {
-            reason: err.to_string().trim_end().to_owned(),
-        }),
+        // Not the error's own display: it quotes the line, which may hold a password.
+        Err(err) => {
+            let before = err
+                .span()
+                .and_then(|span| text.get(..span.start))
+                .unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            Err(ConfigError::Toml {
+                reason: format!("line {line}: {}", err.message()),
+            })
+        }
     }
 }
 

@@ -163,6 +163,18 @@ impl RafsFs {
             .ok_or(FsError::UnknownBlob(index))
     }
 
+    /// Waits until a part is in the cache, as far as the cache takes it.
+    fn fill(&self, part: &Part) -> Result<(), FsError> {
+        match self
+            .blob(part.blob)?
+            .ensure_spans(&part.spans, Priority::OnDemand)
+        {
+            // Could be fetched but not kept: the copy goes by way of memory.
+            Ok(()) | Err(ReadError::Cache { .. }) => Ok(()),
+            Err(err) => Err(err.into()),
+        }
+    }
+
     /// Copies one part into the reply; waits until it is resident.
     fn copy(&self, part: &Part, out: &mut dyn ZeroCopyWriter) -> Result<usize, FsError> {
         let blob = self.blob(part.blob)?;
@@ -234,6 +246,13 @@ impl workers::Residency for RafsFs {
             };
             part.spans.iter().all(|span| blob.is_span_resident(span))
         })
+    }
+
+    fn make_resident(&self, node: u64, offset: u64, size: u32) -> io::Result<()> {
+        let made = self
+            .plan(node, offset, size)
+            .and_then(|parts| parts.iter().try_for_each(|part| self.fill(part)));
+        made.map_err(|err| self.fail("read", node, err))
     }
 }
 

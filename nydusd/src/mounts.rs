@@ -13,8 +13,10 @@ use rafs::image::Image;
 use storage::BlobIndex;
 use storage::backend::Backend;
 use storage::backend::local::LocalBackend;
+use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
 use storage::cache::CacheDir;
+use storage::oci::{self, Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
 use crate::fuse::RafsFs;
@@ -96,17 +98,61 @@ fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
     }
 }
 
-fn registry(_config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
-    let _ = extra_headers();
-    anyhow::bail!("TODO")
+fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
+    let mut settings = RegistryConfig::new(&config.host, &config.repo);
+    settings.scheme = if config.plain_http {
+        Scheme::Http
+    } else {
+        Scheme::Https
+    };
+    settings.auth = match config.login.clone() {
+        Login::Anonymous => Credentials::Anonymous,
+        Login::Basic { user, password } => Credentials::Basic {
+            username: user,
+            password,
+        },
+        Login::Bearer(token) => Credentials::Bearer(token),
+    };
+    let defaults = settings.timeouts;
+    settings.timeouts.connect = config.connect_timeout.unwrap_or(defaults.connect);
+    settings.timeouts.read = config.timeout.unwrap_or(defaults.read);
+    settings.retry.retries = config.retry_limit.map_or(settings.retry.retries, u32::from);
+    settings.ca_files.clone_from(&config.ca_cert_files);
+    settings.skip_verify = config.skip_verify;
+    start_registry(settings)
 }
 
 /// The repository of an image reference as back end.
-pub(crate) fn registry_of(
-    _name: &storage::oci::RegistryRef,
-    _access: &storage::oci::Access,
-) -> anyhow::Result<Arc<dyn Backend>> {
-    anyhow::bail!("TODO")
+///
+/// # Errors
+/// When the credentials are of a kind that only works for whole images.
+pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
+    // The well-known name of this registry is not the name of its host.
+    let host = if name.host == "docker.io" {
+        "registry-1.docker.io"
+    } else {
+        &name.host
+    };
+    let mut settings = RegistryConfig::new(host, &name.repository);
+    let plain = access.plain_http || name.is_loopback();
+    settings.scheme = if plain { Scheme::Http } else { Scheme::Https };
+    settings.auth = match access.credentials.clone().unwrap_or_default() {
+        oci::Credentials::Anonymous => Credentials::Anonymous,
+        oci::Credentials::Basic { username, password } => Credentials::Basic { username, password },
+        oci::Credentials::Bearer(token) => Credentials::Bearer(token),
+        oci::Credentials::Identity(_) => anyhow::bail!(
+            "credentials for {}: identity tokens are not supported yet for reading on demand; \
+             set {AUTH_VARIABLE} to the base64 form of `user:password`",
+            name.host
+        ),
+    };
+    start_registry(settings)
+}
+
+fn start_registry(mut settings: RegistryConfig) -> anyhow::Result<Arc<dyn Backend>> {
+    settings.headers = extra_headers();
+    let at = format!("registry {}, repository {}", settings.host, settings.repo);
+    Ok(Arc::new(RegistryBackend::new(settings).context(at)?))
 }
 
 /// Credentials given by `IMAGE_PULL_AUTH`, if it is set.
@@ -121,7 +167,7 @@ pub(crate) fn login_from_environment() -> anyhow::Result<Option<Login>> {
 }
 
 /// Headers that the environment adds to every request of a back end.
-pub(crate) fn extra_headers() -> Vec<(String, String)> {
+fn extra_headers() -> Vec<(String, String)> {
     std::env::vars()
         .filter_map(|(name, value)| Some((name.strip_prefix(HEADER_PREFIX)?.to_owned(), value)))
         .filter(|(name, _)| !name.is_empty())

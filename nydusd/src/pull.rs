@@ -56,20 +56,30 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         .enable_all()
         .build()
         .context("cannot start the network runtime")?;
-    runtime.block_on(async {
+    let found = runtime.block_on(async {
         tokio::select! {
             found = find(options, &reference, &platform, &store) => found,
             signal = stop.requested() => bail!("stopped by {signal}"),
         }
+    });
+    // Ends its threads; what is fetched later is the back end's business.
+    drop(runtime);
+    let (bootstrap, access) = found?;
+    Ok(Source {
+        name: options.image.clone(),
+        bootstrap,
+        backend: backend(&reference, &access)?,
+        cache_dir: options.cache_dir.clone(),
     })
 }
 
+/// The bootstrap, and how the registry was spoken to.
 async fn find(
     options: &MountOptions,
     reference: &ImageRef,
     platform: &Platform,
     store: &Store,
-) -> anyhow::Result<Source> {
+) -> anyhow::Result<(PathBuf, Access)> {
     let access = Access {
         plain_http: options.plain_http,
         credentials: credentials_of(reference).await?,
@@ -78,12 +88,7 @@ async fn find(
         Some(path) => path,
         None => pull(reference, platform, &access, store).await?,
     };
-    Ok(Source {
-        name: options.image.clone(),
-        bootstrap,
-        backend: backend(reference, &access)?,
-        cache_dir: options.cache_dir.clone(),
-    })
+    Ok((bootstrap, access))
 }
 
 fn bootstrap_file(file: &Path, options: &MountOptions) -> anyhow::Result<Source> {

@@ -31,7 +31,7 @@ use crate::cache::{BlobFiles, CacheDir, CacheError, CacheState};
 use crate::codec::as_u64;
 use crate::digest::ChunkDigests;
 use crate::error::ReadError;
-use crate::fill::{FillState, Filler, Flights, Outcome, Unwritten, WAIT_LIMIT};
+use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAIT_LIMIT};
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::sync::{Arc, OnceLock, Ordering};
@@ -174,19 +174,30 @@ impl Blob {
 
     /// Makes a range resident, and returns when it is. Blocks; hold no lock.
     ///
-    /// * `plain`: as for [`Blob::is_resident`].
+    /// * `plain`: as for [`Blob::is_resident`]. Chunks in it that no file of the image
+    ///   refers to are left out: they have no digest, and nobody reads them. If there
+    ///   are any, [`Blob::is_resident`] stays false, and this returns at once.
     ///
     /// # Errors
     /// [`ReadError`]; the range may be resident in part. [`ReadError::Cache`] means
     /// that the bytes could be had but not written: [`Blob::read`] serves them.
     pub fn ensure(&self, plain: Range<u64>, priority: Priority) -> Result<(), ReadError> {
+        self.ensure_range(plain, priority, Unvouched::Skip)
+    }
+
+    fn ensure_range(
+        &self,
+        plain: Range<u64>,
+        priority: Priority,
+        unvouched: Unvouched,
+    ) -> Result<(), ReadError> {
         if self.is_resident(plain.clone()) {
             return Ok(());
         }
         let table = self.table(priority)?;
-        let chunks = self.covering(table, plain)?;
+        let chunks = self.widen(self.covering(table, plain)?);
         self.filler(table)
-            .run(&[self.widen(chunks)], priority, Unwritten::Refuse)
+            .run(&[chunks], priority, Unwritten::Refuse, unvouched)
     }
 
     /// Makes parts of chunks resident, as few requests as possible for all of them.
@@ -211,7 +222,8 @@ impl Blob {
                 _ => ranges.push(index..index + 1),
             }
         }
-        self.filler(table).run(&ranges, priority, Unwritten::Refuse)
+        self.filler(table)
+            .run(&ranges, priority, Unwritten::Refuse, Unvouched::Refuse)
     }
 
     /// Serves a range: from the cache file, or from memory if that cannot be written.
@@ -225,7 +237,7 @@ impl Blob {
         if plain.start > plain.end || plain.end > self.info.uncompressed_size {
             return Err(self.out_of_range(plain));
         }
-        match self.ensure(plain.clone(), priority) {
+        match self.ensure_range(plain.clone(), priority, Unvouched::Refuse) {
             Ok(()) => self.file().map(Served::File),
             Err(ReadError::Cache { .. }) => {
                 self.read_to_memory(plain, priority).map(Served::Memory)
@@ -327,8 +339,12 @@ impl Blob {
             let mut kept = HashMap::new();
             let wanted = index..index + 1;
             let unwritten = Unwritten::Keep(&mut kept);
-            self.filler(table)
-                .run(std::slice::from_ref(&wanted), priority, unwritten)?;
+            self.filler(table).run(
+                std::slice::from_ref(&wanted),
+                priority,
+                unwritten,
+                Unvouched::Refuse,
+            )?;
             let index = ChunkIndex::new(index);
             let chunk = table
                 .chunk(index)

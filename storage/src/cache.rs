@@ -11,7 +11,7 @@
 //! directory: bits are shared, and a file is only ever replaced, never shortened.
 //!
 //! Not here yet: a lock per chunk between processes (two may fetch the same chunk,
-//! with the same result; [`BlobFiles::store`] is the place) and eviction.
+//! with the same result; `BlobFiles::store` is the place) and eviction.
 
 mod data_file;
 

@@ -1,9 +1,9 @@
 //! Single-flight filling of missing chunks: fetch, decode, verify, write, publish.
 //!
-//! [`Filler::run`] makes a set of chunks available. It claims those that nobody
-//! fetches yet, joins neighbours into requests ([`plan`]), and turns the bytes into
-//! chunks while they stream in ([`unpack`]). Then it waits for the chunks that
-//! other readers were fetching already ([`flight`]).
+//! `Filler::run` makes a set of chunks available. It claims those that nobody
+//! fetches yet, joins neighbours into requests (`plan`), and turns the bytes into
+//! chunks while they stream in (`unpack`). Then it waits for the chunks that
+//! other readers were fetching already (`flight`).
 //!
 //! Promises: a chunk is fetched once, however many readers wait; its waiters go on
 //! as soon as it is done, not when the request is; nothing is served or marked
@@ -77,12 +77,23 @@ pub(crate) enum Unwritten<'m> {
     Keep(&'m mut HashMap<ChunkIndex, Bytes>),
 }
 
+/// What to do with chunks that the image has no digest for. They belong to files
+/// that upper layers removed, so nothing of the image refers to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unvouched {
+    /// Fail: the caller would serve them.
+    Refuse,
+    /// Leave them out: the caller happened to touch them.
+    Skip,
+}
+
 /// One caller's wish, and what has come of it.
 struct Request<'m> {
     blob: &'m BlobId,
     wanted: &'m [Range<u32>],
     priority: Priority,
     unwritten: Unwritten<'m>,
+    unvouched: Unvouched,
     failed: Option<ReadError>,
 }
 
@@ -141,12 +152,14 @@ impl<'a> Filler<'a> {
         wanted: &[Range<u32>],
         priority: Priority,
         unwritten: Unwritten<'_>,
+        unvouched: Unvouched,
     ) -> Result<(), ReadError> {
         let mut request = Request {
             blob: &self.info.id,
             wanted,
             priority,
             unwritten,
+            unvouched,
             failed: None,
         };
         for range in wanted {
@@ -184,15 +197,15 @@ impl<'a> Filler<'a> {
         let mut unit: Option<Range<u64>> = None;
         while *at < end {
             let index = ChunkIndex::new(*at);
-            if self.files.is_ready(index) || request.holds(index) {
+            if self.is_settled(index, request) {
                 *at += 1;
                 continue;
             }
-            let piece = match plan::piece_of(self.table, index) {
+            let piece = match self.piece_of(index) {
                 Ok(piece) => piece,
                 // First what can be had; this entry is met again.
                 Err(_) if !pieces.is_empty() => break,
-                Err(error) => return Err(self.table_error(error)),
+                Err(error) => return Err(error),
             };
             let joined = match &unit {
                 Some(unit) if !plan::joins(unit, &piece.stored) => break,
@@ -210,11 +223,28 @@ impl<'a> Filler<'a> {
         Ok(pieces)
     }
 
+    /// Whether nothing is to be done for a chunk any more.
+    fn is_settled(&self, index: ChunkIndex, request: &Request<'_>) -> bool {
+        self.files.is_ready(index)
+            || request.holds(index)
+            || request.unvouched == Unvouched::Skip && self.digests.chunk_digest(index).is_none()
+    }
+
+    /// The piece with a chunk that must be had. What cannot be verified is not fetched.
+    fn piece_of(&self, index: ChunkIndex) -> Result<Piece, ReadError> {
+        if self.digests.chunk_digest(index).is_none() {
+            let blob = self.info.id.clone();
+            return Err(ReadError::NoDigest { blob, index });
+        }
+        plan::piece_of(self.table, index).map_err(|error| self.table_error(error))
+    }
+
     fn claim(&self, pieces: Vec<Piece>, priority: Priority) -> Vec<Job<'a>> {
         pieces
             .into_iter()
             .filter_map(|piece| {
                 let chunks = piece.members.iter().map(|member| member.index);
+                let chunks = chunks.filter(|index| self.digests.chunk_digest(*index).is_some());
                 let done = |index| self.files.is_ready(index);
                 let claims = self.state.flights.claim(chunks, priority, done);
                 Job::new(piece, claims)
@@ -375,7 +405,7 @@ impl<'a> Filler<'a> {
     /// gave up, or was not in a hurry and failed, fetches it after all.
     fn settle(&self, index: ChunkIndex, request: &mut Request<'_>) -> Result<(), ReadError> {
         for _ in 0..MAX_TURNS {
-            if self.files.is_ready(index) || request.holds(index) {
+            if self.is_settled(index, request) {
                 return Ok(());
             }
             let Some(flight) = self.state.flights.get(index) else {

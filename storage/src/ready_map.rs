@@ -14,7 +14,7 @@
 //! header or data file is not what it must be counts as empty. A map is never
 //! emptied in place while others may use it: it is replaced by a new file.
 //!
-//! Layout: `docs/format-blob.md`, "Ready map". Callers hold the lock of the data
+//! Layout: `docs/format-blob.md`, "Chunk map". Callers hold the lock of the data
 //! file while they open a map, see [`cache`](crate::cache).
 
 mod shared_bytes;

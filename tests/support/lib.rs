@@ -1,1 +1,26 @@
-//! Helpers of the end-to-end tests.
+//! What the end-to-end tests and the demo are made of: real parts, started and
+//! stopped without leftovers.
+//!
+//! - [`binaries`]: the programs under test, built when they are stale
+//! - [`command`], [`process`]: run a program to its end, or keep one running
+//! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
+//! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
+//! - [`proxy`]: an HTTP proxy that misbehaves as told
+//! - [`tree`]: describe a directory tree, and make a nasty one
+//! - [`image`]: layers and OCI layouts from trees
+//! - [`fixtures`]: images that Nydus v2.4 wrote
+//!
+//! Promises: everything that is started is owned by a value that stops it when
+//! dropped, by process id; every wait has a deadline; a missing tool is an error
+//! that says what to install.
+
+pub mod binaries;
+pub mod command;
+pub mod fixtures;
+pub mod image;
+pub mod mount;
+pub mod process;
+pub mod proxy;
+pub mod registry;
+pub mod tokens;
+pub mod tree;

@@ -76,7 +76,13 @@ fn registry(section: &mut Section<'_>) -> Result<Registry, ConfigError> {
     let plain_http = scheme(section, "scheme")?.is_some_and(|scheme| scheme == "http");
     let login = login(section)?;
     proxy(section)?;
-    let non_empty = |text: Option<&str>| text.filter(|text| !text.is_empty()).map(str::to_owned);
+    scheme(section, "blob_url_scheme")?;
+    section.text("blob_redirected_host")?;
+    for key in ["blob_url_scheme", "blob_redirected_host"] {
+        if section.text(key)?.is_some_and(|text| !text.is_empty()) {
+            section.warn(key, "rewriting redirects is not supported yet");
+        }
+    }
     Ok(Registry {
         host,
         repo,
@@ -95,8 +101,6 @@ fn registry(section: &mut Section<'_>) -> Result<Registry, ConfigError> {
             0 => None,
             limit => u8::try_from(limit).ok(),
         },
-        blob_url_scheme: scheme(section, "blob_url_scheme")?,
-        blob_redirected_host: non_empty(section.text("blob_redirected_host")?),
     })
 }
 
@@ -108,10 +112,10 @@ fn scheme(section: &mut Section<'_>, key: &'static str) -> Result<Option<String>
     }
 }
 
-fn seconds(section: &mut Section<'_>, key: &'static str) -> Result<Duration, ConfigError> {
-    // 0 would make every request fail; clients mean the default by it.
-    let seconds = section.number(key, 5, 0..=MAX_SECONDS)?;
-    Ok(Duration::from_secs(if seconds == 0 { 5 } else { seconds }))
+/// 0 would make every request fail; clients mean the default by it.
+fn seconds(section: &mut Section<'_>, key: &'static str) -> Result<Option<Duration>, ConfigError> {
+    let seconds = section.number(key, 0, 0..=MAX_SECONDS)?;
+    Ok((seconds > 0).then(|| Duration::from_secs(seconds)))
 }
 
 fn login(section: &mut Section<'_>) -> Result<Login, ConfigError> {

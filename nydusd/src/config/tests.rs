@@ -58,8 +58,8 @@ fn version_2_toml() {
     };
     assert_eq!(registry.host, "registry.example:5000");
     assert!(registry.plain_http);
-    assert_eq!(registry.timeout, Duration::from_secs(7));
-    assert_eq!(registry.connect_timeout, Duration::from_secs(5));
+    assert_eq!(registry.timeout, Some(Duration::from_secs(7)));
+    assert_eq!(registry.connect_timeout, None);
     assert_eq!(registry.retry_limit, Some(3));
     let basic = Login::Basic {
         user: "user".into(),
@@ -319,4 +319,25 @@ fn an_endless_file_is_refused() {
     assert!(Config::load(Path::new("/dev/zero")).is_err());
     let long = format!("{V2}# {}", "x".repeat(1 << 20));
     assert!(matches!(Config::parse(&long), Err(ConfigError::TooLarge)));
+}
+
+proptest::proptest! {
+    /// Whatever a file holds, the answer is a configuration or one message.
+    #[test]
+    fn no_text_breaks_the_parser(
+        base in proptest::sample::select(vec![V1, V2, LOCAL]),
+        at in proptest::prelude::any::<proptest::sample::Index>(),
+        len in 0usize..20,
+        with in ".{0,12}",
+    ) {
+        let starts: Vec<usize> = base.char_indices().map(|(index, _)| index).collect();
+        let start = starts[at.index(starts.len())];
+        let end = base.len().min(start + len);
+        let text = format!("{}{with}{}", &base[..start], base.get(end..).unwrap_or(""));
+        if let Err(err) = Config::parse(&text) {
+            let message = err.to_string();
+            proptest::prop_assert!(message.contains("configuration"), "{}", message);
+            proptest::prop_assert!(!message.contains("dXNlcjpwYXNz"), "{}", message);
+        }
+    }
 }

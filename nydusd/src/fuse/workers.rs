@@ -11,12 +11,15 @@
 //!   while. More reads than that wait in a queue, which the kernel bounds: each
 //!   entry is a request of a process that waits, or read-ahead of one.
 //!
-//! A handed-over request is its raw bytes, answered by the same code with the
-//! same reply path; nothing else is shared between the threads.
+//! A handed-over request is its raw bytes. A fetch thread first makes its data
+//! resident, holding nothing but its stack, and only then borrows one of a few
+//! reply buffers to answer like a front thread does. So memory does not grow with
+//! the number of reads that wait.
 
 use std::collections::VecDeque;
-use std::io::Read as _;
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -32,6 +35,8 @@ use super::session::{BUFFER_SIZE, Session};
 
 /// Most threads that wait for the network at once.
 const MAX_FETCHERS: usize = 512;
+/// Replies that fetch threads copy at once; copying is quick, waiting is not.
+const REPLY_BUFFERS: usize = 4;
 /// How long a fetch thread waits for work before it ends.
 const FETCHER_PATIENCE: Duration = Duration::from_secs(10);
 /// Stack of a thread, in bytes. Requests are handled without deep recursion.
@@ -42,6 +47,12 @@ pub(crate) trait Residency {
     /// Whether the bytes at `offset` of node `node` can be read at once.
     /// An error is as good as an answer: it will be found again and reported.
     fn is_resident(&self, node: u64, offset: u64, size: u32) -> bool;
+
+    /// Waits until they can.
+    ///
+    /// # Errors
+    /// The answer to the read, if they cannot be had. It has been logged.
+    fn make_resident(&self, node: u64, offset: u64, size: u32) -> io::Result<()>;
 }
 
 /// What the threads share.
@@ -51,6 +62,10 @@ struct Shared<F: FileSystem + Send + Sync> {
     files: Arc<F>,
     fetches: Mutex<Fetches>,
     work: Condvar,
+    /// Buffers for the replies of fetch threads.
+    replies: [Mutex<Vec<u8>>; REPLY_BUFFERS],
+    /// Whose turn it is.
+    next_reply: AtomicUsize,
 }
 
 /// Reads that wait for a fetch thread, and the threads there are.
@@ -87,6 +102,8 @@ impl Workers {
             files: Arc::clone(files),
             fetches: Mutex::default(),
             work: Condvar::new(),
+            replies: Default::default(),
+            next_reply: AtomicUsize::new(0),
         });
         let front = (0..count)
             .map(|index| {
@@ -195,9 +212,54 @@ where
 
     /// Body of a fetch thread: queued reads until there are none for a while.
     fn fetch(self: Arc<Self>) {
-        let mut reply = vec![0; BUFFER_SIZE];
         while let Some(mut message) = self.next_fetch() {
-            self.answer(&mut message, &mut reply);
+            let Some(read) = as_read(&message) else {
+                continue;
+            };
+            match self
+                .files
+                .make_resident(read.nodeid, read.offset, read.size)
+            {
+                Ok(()) => {
+                    let turn = self.next_reply.fetch_add(1, Ordering::Relaxed) % REPLY_BUFFERS;
+                    let Some(buffer) = self.replies.get(turn) else {
+                        continue;
+                    };
+                    let mut reply = buffer.lock().unwrap_or_else(PoisonError::into_inner);
+                    reply.resize(BUFFER_SIZE, 0);
+                    self.answer(&mut message, &mut reply);
+                }
+                Err(err) => self.refuse(&read, &err),
+            }
+        }
+        if self.lock().threads == 0 {
+            self.give_memory_back();
+        }
+    }
+
+    /// After the last of a burst of fetches: an idle mount should cost little.
+    fn give_memory_back(&self) {
+        for buffer in &self.replies {
+            *buffer.lock().unwrap_or_else(PoisonError::into_inner) = Vec::new();
+        }
+        // Threads that ended leave behind what their allocations had grown to.
+        #[cfg(target_env = "gnu")]
+        // SAFETY: may be called at any time from any thread.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    }
+
+    /// Answers a read with an error.
+    fn refuse(&self, read: &ReadRequest, err: &io::Error) {
+        let refusal = ErrorReply {
+            len: ErrorReply::LEN,
+            error: err.raw_os_error().unwrap_or(libc::EIO).saturating_neg(),
+            unique: read.unique,
+        };
+        let mut device = self.session.device();
+        if let Err(err) = device.write(refusal.as_bytes()) {
+            tracing::debug!("request not answered: {err}");
         }
     }
 
@@ -250,6 +312,21 @@ struct ReadRequest {
     size: u32,
     read_flags: u32,
 }
+
+/// An answer that is only an error (`struct fuse_out_header`).
+#[derive(Clone, Copy, Debug, IntoBytes, Immutable)]
+#[repr(C)]
+struct ErrorReply {
+    len: u32,
+    error: i32,
+    unique: u64,
+}
+
+impl ErrorReply {
+    const LEN: u32 = 16;
+}
+
+const _: () = assert!(size_of::<ErrorReply>() == 16, "ErrorReply::LEN");
 
 /// `message` as a READ request; `None` for every other request.
 fn as_read(message: &[u8]) -> Option<ReadRequest> {

@@ -79,6 +79,16 @@ fn attr(permissions: u16) -> Attr {
 /// Builds an image of `files` and a few other things: a symbolic link, a hard
 /// link and an extended attribute.
 pub(crate) fn build(compressor: Compressor, chunk_size: u32, files: Vec<File>) -> Image {
+    build_with(compressor, chunk_size, files, |_| {})
+}
+
+/// The same, with something changed before it is written.
+pub(crate) fn build_with(
+    compressor: Compressor,
+    chunk_size: u32,
+    files: Vec<File>,
+    change: impl FnOnce(&mut Tree),
+) -> Image {
     let options = BlobOptions {
         compressor,
         chunk_size,
@@ -114,6 +124,7 @@ pub(crate) fn build(compressor: Compressor, chunk_size: u32, files: Vec<File>) -
     };
     tree.insert(root, b"soft", link).unwrap();
 
+    change(&mut tree);
     let finished = writer
         .finish(|_| unreachable!("no bootstrap inside"))
         .unwrap();

@@ -3,13 +3,14 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use storage::Compressor;
 
 use crate::daemon::Daemon;
-use crate::image::{Image, boundary_files, build};
+use crate::image::{Image, boundary_files, build, build_with};
 
 const CHUNK: u32 = 64 << 10;
 
@@ -156,6 +157,45 @@ fn reads_without_page_cache() {
             len += read;
         }
         assert!(found[..len] == *data, "{path}");
+    }
+    daemon.stop();
+}
+
+/// A user who is let in by the access control list, and one who is not.
+#[test]
+fn access_control_lists_count() {
+    const NOBODY: u32 = 65534;
+    // Owner rw-, user 65534 r--, group ---, mask r--, others ---.
+    let entries = [
+        (1u16, 6u16, u32::MAX),
+        (2, 4, NOBODY),
+        (4, 0, u32::MAX),
+        (16, 4, u32::MAX),
+        (32, 0, u32::MAX),
+    ];
+    let mut list = vec![2, 0, 0, 0];
+    for (tag, permissions, id) in entries {
+        list.extend([tag.to_le_bytes(), permissions.to_le_bytes()].concat());
+        list.extend(id.to_le_bytes());
+    }
+    let files = vec![("secret".to_owned(), b"content".to_vec())];
+    let image = build_with(Compressor::None, 4096, files, |tree| {
+        let id = tree.lookup(b"secret").unwrap();
+        let inode = tree.inode_mut(id);
+        inode.attr.permissions = 0o640;
+        inode
+            .xattrs
+            .insert((*b"system.posix_acl_access").into(), list.into());
+    });
+    let source = tempfile::tempdir().unwrap();
+    let daemon = mount(&image, source.path());
+    fs::set_permissions(daemon.scratch(), fs::Permissions::from_mode(0o755)).unwrap();
+    for (user, allowed) in [(NOBODY, true), (NOBODY - 1, false)] {
+        let path = daemon.mountpoint.join("secret");
+        let mut cat = std::process::Command::new("cat");
+        let output = cat.arg(path).uid(user).gid(user).output().unwrap();
+        assert_eq!(output.status.success(), allowed, "{output:?}");
+        assert_eq!(output.stdout == b"content", allowed);
     }
     daemon.stop();
 }

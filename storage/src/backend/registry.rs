@@ -1,392 +1,392 @@
-//! Blobs in an OCI registry: ranged GETs, redirects, authentication, retries.
+//! Blobs in an OCI registry: ranged GETs, authentication, redirects, retries.
 //!
-//! A fetch is `GET /v2/<repo>/blobs/sha256:<id>` with a `Range`. Registries
-//! often answer with a redirect to an object store; the target is remembered
-//! until it is refused, so that most requests take one round trip. Credentials
-//! go to the registry only, never to a redirect's target ([`auth`]).
+//! The outside is blocking. Requests run on a small runtime that the backend owns;
+//! bytes come out through a bounded channel, so a slow receiver slows the transfer
+//! down instead of filling memory. One fetch, top to bottom:
 //!
-//! Failures that may pass are tried again after a growing, jittered pause
-//! ([`retry`]), from the byte where the transfer broke.
+//! * `transfer`: attempts until every byte is delivered; resumes where one broke;
+//! * `open`: one attempt up to the headers, with credentials and redirects;
+//! * `auth`: answers challenges, keeps tokens until they expire;
+//! * `retry`: what is worth another attempt, and when;
+//! * `answer`: what an answer says, in success and in failure.
 //!
-//! The HTTP client is asynchronous; its runtime lives and dies with the
-//! backend. Received bytes are handed to the sink on the caller's own thread,
-//! so decoding never slows the network down.
+//! Promises: credentials go to the registry and its token service only, never to
+//! the host that a redirect points at, and never into logs or errors; nothing waits
+//! without a limit; a server that sends more, less or other bytes than it was asked
+//! for cannot make a fetch succeed or memory grow.
+//!
+//! Not here yet: a limit on requests in flight that lets on-demand requests pass
+//! prefetch, and hedging of slow ones; [`Backend::fetch`] is the place for both.
 
+mod answer;
 mod auth;
-mod response;
+mod open;
 mod retry;
+mod transfer;
 
-#[cfg(test)]
-mod tests;
-
-use std::collections::HashMap;
 use std::fmt;
-use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Mutex, RwLock};
 use std::time::Duration;
 
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE};
-use reqwest::{Response, StatusCode};
+use bytes::Bytes;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
 use url::Url;
 
-use self::auth::Authorizer;
-use self::response::{Failure, check_content_range, refusal, shown, total_length, transport};
-use self::retry::Backoff;
-use super::{Backend, BackendError, Fetch, Sink};
+pub use auth::Credentials;
+pub use retry::RetryLimits;
+
+use super::{Backend, BackendError, Fetch, Sink, Stop};
 use crate::blob_id::BlobId;
-use crate::oci::credentials::Credentials;
-use crate::sync::lock;
+use crate::codec::as_u64;
+use crate::metrics::Metrics;
+use crate::sync::Arc;
 
-/// Longest chain of redirects that is followed.
-const MAX_REDIRECTS: u32 = 5;
+/// Pieces of a body that wait for the receiver. Each is what one read of the socket
+/// gave, some ten KiB.
+const QUEUE: usize = 16;
 
-/// Where a registry is and how to talk to it.
-#[derive(Clone, Debug)]
+/// Threads of the runtime. They move bytes and do TLS; decoding is done elsewhere.
+const THREADS: usize = 2;
+
+/// How to speak to the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Scheme {
+    /// HTTP over TLS.
+    #[default]
+    Https,
+    /// Without TLS.
+    Http,
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Https => "https",
+            Self::Http => "http",
+        })
+    }
+}
+
+/// Longest waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For a connection, TLS included.
+    pub connect: Duration,
+    /// For the headers of an answer, and between two pieces of its body.
+    pub read: Duration,
+    /// For one fetch with all its attempts. Large fetches get a second more per
+    /// 256 KiB.
+    pub total: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            read: Duration::from_secs(10),
+            total: Duration::from_secs(60),
+        }
+    }
+}
+
+/// One repository of a registry, and how to reach it.
+#[derive(Clone)]
 pub struct RegistryConfig {
-    /// `https` or `http`.
-    pub scheme: String,
-    /// Host, with a port if it is not the scheme's own.
+    /// Host with optional port: `registry.example.com:5000`, `[::1]:5000`.
     pub host: String,
-    /// Repository, such as `library/nginx`.
+    /// Name of the repository: `library/debian`.
     pub repo: String,
-    /// How to log in.
-    pub credentials: Credentials,
-    /// Time to establish a connection.
-    pub connect_timeout: Duration,
-    /// Longest pause between two pieces of an answer.
-    pub read_timeout: Duration,
-    /// Attempts after the first one.
-    pub retry_limit: u32,
-    /// PEM files of further certificate authorities.
+    /// How to speak to it.
+    pub scheme: Scheme,
+    /// Who we are.
+    pub auth: Credentials,
+    /// Longest waits.
+    pub timeouts: Timeouts,
+    /// How often and when to try again.
+    pub retry: RetryLimits,
+    /// Files with certificates (PEM) to trust beside the system's.
     pub ca_files: Vec<PathBuf>,
-    /// Accept any certificate; only ever by explicit wish.
+    /// Accept any certificate. Chunks are verified nevertheless, but credentials
+    /// may go to the wrong server.
     pub skip_verify: bool,
-    /// Sent with every request.
-    pub headers: HeaderMap,
+    /// Extra headers for requests to `host`; not sent anywhere else.
+    pub headers: Vec<(String, String)>,
 }
 
 impl RegistryConfig {
-    /// A registry with default time-outs: 5 s to connect, 15 s between bytes, 4 retries.
+    /// Anonymous access over HTTPS with default limits.
     #[must_use]
-    pub fn new(scheme: &str, host: &str, repo: &str, credentials: Credentials) -> Self {
+    pub fn new(host: &str, repo: &str) -> Self {
         Self {
-            scheme: scheme.to_owned(),
             host: host.to_owned(),
             repo: repo.to_owned(),
-            credentials,
-            connect_timeout: Duration::from_secs(5),
-            read_timeout: Duration::from_secs(15),
-            retry_limit: 4,
+            scheme: Scheme::default(),
+            auth: Credentials::Anonymous,
+            timeouts: Timeouts::default(),
+            retry: RetryLimits::default(),
             ca_files: Vec::new(),
             skip_verify: false,
-            headers: HeaderMap::new(),
+            headers: Vec::new(),
         }
     }
 }
 
-/// Blobs of one repository of a registry.
+impl fmt::Debug for RegistryConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Values of headers may be secrets.
+        let headers: Vec<_> = self.headers.iter().map(|(name, _)| name).collect();
+        f.debug_struct("RegistryConfig")
+            .field("host", &self.host)
+            .field("repo", &self.repo)
+            .field("scheme", &self.scheme)
+            .field("auth", &self.auth)
+            .field("timeouts", &self.timeouts)
+            .field("retry", &self.retry)
+            .field("ca_files", &self.ca_files)
+            .field("skip_verify", &self.skip_verify)
+            .field("headers", &headers)
+            .finish()
+    }
+}
+
+/// A repository of a registry. Must be used from threads that may block, which
+/// tasks of an asynchronous runtime may not.
 pub struct RegistryBackend {
+    client: Arc<Client>,
+    /// `None` only while dropping.
+    runtime: Option<Runtime>,
+}
+
+impl fmt::Debug for RegistryBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("RegistryBackend")
+            .field(&self.client.base.as_str())
+            .finish()
+    }
+}
+
+/// What all requests of a backend share.
+struct Client {
+    http: reqwest::Client,
+    /// `https://host/v2/repo/blobs/`.
     base: Url,
-    client: reqwest::Client,
-    authorizer: Authorizer,
-    /// Where the registry sent us for a blob last.
-    redirects: RwLock<HashMap<BlobId, Url>>,
-    retry_limit: u32,
-    handle: tokio::runtime::Handle,
-    /// Taken only by `drop`.
-    runtime: Mutex<Option<Runtime>>,
+    headers: HeaderMap,
+    auth: auth::Authenticator,
+    redirects: open::Redirects,
+    timeouts: Timeouts,
+    retry: RetryLimits,
+    metrics: Arc<Metrics>,
 }
 
 impl RegistryBackend {
-    /// Prepares a client; makes no request.
+    /// Sets up the backend. Makes no request.
     ///
     /// # Errors
-    /// [`BackendError::Config`] for an impossible URL, an unreadable CA file, or
-    /// when the client cannot be set up.
-    pub fn new(config: &RegistryConfig) -> Result<Self, BackendError> {
-        let base = format!("{}://{}/v2/{}/", config.scheme, config.host, config.repo);
-        let base = Url::parse(&base)
-            .ok()
-            .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
-            .ok_or_else(|| BackendError::Config(format!("{base} is no registry URL")))?;
-        // Fails if the process has chosen a provider already, which then serves as well.
-        drop(rustls::crypto::ring::default_provider().install_default());
-        let client = client(config)?;
+    /// [`BackendError::Config`] for a host, repository or header that is not one,
+    /// and for certificates that cannot be read.
+    pub fn new(config: RegistryConfig) -> Result<Self, BackendError> {
+        Self::with_metrics(config, Arc::default())
+    }
+
+    /// The same, counting in `metrics`.
+    ///
+    /// # Errors
+    /// As for [`RegistryBackend::new`].
+    pub fn with_metrics(
+        config: RegistryConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BackendError> {
+        let base = base_url(&config)?;
+        let http = http_client(&config)?;
+        let client = Client {
+            http,
+            base,
+            headers: headers(&config.headers)?,
+            auth: auth::Authenticator::new(config.auth, &config.repo)?,
+            redirects: open::Redirects::default(),
+            timeouts: config.timeouts,
+            retry: config.retry,
+            metrics,
+        };
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(THREADS)
             .thread_name("registry")
             .enable_all()
             .build()
-            .map_err(|error| BackendError::Config(format!("starting the HTTP client: {error}")))?;
+            .map_err(|error| BackendError::Config(format!("starting threads: {error}")))?;
         Ok(Self {
-            authorizer: Authorizer::new(config.credentials.clone(), &base, &config.repo),
-            base,
-            client,
-            redirects: RwLock::default(),
-            retry_limit: config.retry_limit,
-            handle: runtime.handle().clone(),
-            runtime: Mutex::new(Some(runtime)),
+            client: Arc::new(client),
+            runtime: Some(runtime),
         })
     }
 
-    /// Replaces the credentials; requests in flight keep the old ones.
-    pub fn set_credentials(&self, credentials: Credentials) {
-        self.authorizer.set_credentials(credentials);
-    }
-
-    fn blob_url(&self, blob: &BlobId) -> Result<Url, Failure> {
-        // The leading `./` keeps the colon of the digest from looking like a scheme.
-        let path = format!("./blobs/sha256:{blob}");
-        self.base.join(&path).map_err(|error| {
-            Failure::lasting(BackendError::Config(format!(
-                "{}{path}: {error}",
-                self.base
-            )))
-        })
-    }
-
-    /// One attempt to deliver the rest of a range; moves `range.start` as bytes arrive.
-    async fn attempt(
-        &self,
-        blob: &BlobId,
-        range: &mut Range<u64>,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), Failure> {
-        let mut response = self.get(blob, range).await?;
-        let url = response.url().clone();
-        // A server that ignores `Range` sends the blob from its start.
-        let mut skip = match response.status() {
-            StatusCode::OK => range.start,
-            _ => check_content_range(&response, range)?,
-        };
-        while range.start < range.end {
-            let piece = match response.chunk().await {
-                Ok(Some(piece)) => piece,
-                Ok(None) => {
-                    return Err(Failure::passing(BackendError::Short {
-                        name: shown(&url),
-                        offset: range.start,
-                        len: range.end - range.start,
-                        got: 0,
-                    }));
-                }
-                Err(source) => return Err(transport(&url, "receiving data", source)),
-            };
-            let skipped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
-            skip -= skipped as u64;
-            let left = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-            let piece = &piece[skipped..];
-            let piece = &piece[..piece.len().min(left)];
-            if !piece.is_empty() {
-                sink(piece).map_err(|_stop| Failure::lasting(BackendError::Stopped))?;
-                range.start += piece.len() as u64;
-            }
-        }
-        Ok(())
-    }
-
-    /// The answer to a ranged GET: 200 or 206.
-    async fn get(&self, blob: &BlobId, range: &Range<u64>) -> Result<Response, Failure> {
-        if let Some(url) = self.known_redirect(blob) {
-            let response = self.send(&url, range, None).await?;
-            match response.status() {
-                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(response),
-                StatusCode::RANGE_NOT_SATISFIABLE => return Err(refusal(response).await),
-                // Signed URLs expire; the registry gives a new one.
-                _ => self.remember_redirect(blob, None),
-            }
-        }
-        let origin = self.blob_url(blob)?;
-        let response = self.get_authorized(&origin, range).await?;
-        let response = self.follow(&origin, response, range).await?;
-        if !matches!(
-            response.status(),
-            StatusCode::OK | StatusCode::PARTIAL_CONTENT
-        ) {
-            return Err(refusal(response).await);
-        }
-        // A target on the registry itself needs credentials, which a remembered one does not get.
-        if response.url().origin() != origin.origin() {
-            self.remember_redirect(blob, Some(response.url().clone()));
-        }
-        Ok(response)
-    }
-
-    /// Asks the registry itself, logging in if it wants that.
-    async fn get_authorized(&self, url: &Url, range: &Range<u64>) -> Result<Response, Failure> {
-        let header = self.authorizer.header();
-        let response = self.send(url, range, header.clone()).await?;
-        if response.status() != StatusCode::UNAUTHORIZED {
-            return Ok(response);
-        }
-        let challenges = response.headers().get_all(WWW_AUTHENTICATE);
-        let challenges: Vec<&str> = challenges.iter().filter_map(|c| c.to_str().ok()).collect();
-        let header = self
-            .authorizer
-            .log_in(&self.client, url, &challenges, header)
-            .await?;
-        let response = self.send(url, range, Some(header)).await?;
-        if response.status() == StatusCode::UNAUTHORIZED {
-            self.authorizer.forget();
-            return Err(Failure::lasting(BackendError::Auth {
-                url: shown(url),
-                reason: "the registry refuses the credentials: check docker's config.json".into(),
-            }));
-        }
-        Ok(response)
-    }
-
-    /// Follows redirects; credentials stay with the registry's own origin.
-    async fn follow(
-        &self,
-        origin: &Url,
-        mut response: Response,
-        range: &Range<u64>,
-    ) -> Result<Response, Failure> {
-        for _ in 0..MAX_REDIRECTS {
-            if !response.status().is_redirection() {
-                break;
-            }
-            let target = redirect_target(origin, &response)?;
-            let own = target.origin() == origin.origin();
-            let header = self.authorizer.header().filter(|_| own);
-            response = self.send(&target, range, header).await?;
-        }
-        Ok(response)
-    }
-
-    async fn send(
-        &self,
-        url: &Url,
-        range: &Range<u64>,
-        authorization: Option<HeaderValue>,
-    ) -> Result<Response, Failure> {
-        let bytes = format!("bytes={}-{}", range.start, range.end.saturating_sub(1));
-        let mut request = self.client.get(url.clone()).header(RANGE, bytes);
-        if let Some(value) = authorization {
-            request = request.header(AUTHORIZATION, value);
-        }
-        request
-            .send()
-            .await
-            .map_err(|source| transport(url, "sending the request", source))
-    }
-
-    fn known_redirect(&self, blob: &BlobId) -> Option<Url> {
-        let known = self
-            .redirects
-            .read()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        known.get(blob).cloned()
-    }
-
-    fn remember_redirect(&self, blob: &BlobId, url: Option<Url>) {
-        let mut known = self
-            .redirects
-            .write()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        match url {
-            Some(url) => known.insert(blob.clone(), url),
-            None => known.remove(blob),
-        };
-    }
-}
-
-impl Backend for RegistryBackend {
-    fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
-        let mut range = request.range.clone();
-        self.handle.block_on(async {
-            let mut backoff = Backoff::new(self.retry_limit);
-            while range.start < range.end {
-                let before = range.start;
-                let Err(failure) = self.attempt(request.blob, &mut range, sink).await else { break };
-                if range.start > before {
-                    // The transfer moved: it is alive, and gets its full number of attempts again.
-                    backoff.restart();
-                }
-                tracing::debug!(blob = %request.blob, ?range, error = %failure.error, "attempt failed");
-                backoff.pause(failure).await?;
-            }
-            Ok(())
-        })
-    }
-
-    fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        self.handle.block_on(async {
-            let mut backoff = Backoff::new(self.retry_limit);
-            loop {
-                // One byte rather than HEAD, which object stores refuse behind signed URLs.
-                match self
-                    .get(blob, &(0..1))
-                    .await
-                    .and_then(|response| total_length(&response))
-                {
-                    Ok(size) => return Ok(size),
-                    Err(failure) => backoff.pause(failure).await?,
-                }
-            }
-        })
+    fn runtime(&self) -> Result<&Runtime, BackendError> {
+        let stopped = || BackendError::Config("the backend is shutting down".to_owned());
+        self.runtime.as_ref().ok_or_else(stopped)
     }
 }
 
 impl Drop for RegistryBackend {
     fn drop(&mut self) {
-        // A plain drop would block, and panic in an asynchronous caller.
-        if let Some(runtime) = lock(&self.runtime).take() {
+        if let Some(runtime) = self.runtime.take() {
+            // Does not wait for transfers that nobody wants any more.
             runtime.shutdown_background();
         }
     }
 }
 
-impl fmt::Debug for RegistryBackend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RegistryBackend")
-            .field("base", &self.base.as_str())
-            .finish_non_exhaustive()
+impl Backend for RegistryBackend {
+    fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
+        let (sender, mut receiver) = mpsc::channel::<Result<Bytes, BackendError>>(QUEUE);
+        let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
+        let range = request.range.clone();
+        let task = self
+            .runtime()?
+            .spawn(async move { client.transfer(&blob, range, sender).await });
+        let mut missing = request.range.end.saturating_sub(request.range.start);
+        let result = loop {
+            match receiver.blocking_recv() {
+                Some(Ok(bytes)) => {
+                    missing = missing.saturating_sub(as_u64(bytes.len()));
+                    if let Err(Stop) = sink(&bytes) {
+                        break Err(BackendError::Stopped);
+                    }
+                }
+                Some(Err(error)) => break Err(error),
+                None if missing == 0 => break Ok(()),
+                None => break Err(self.client.vanished(request.blob)),
+            }
+        };
+        // Whatever it is waiting for, nobody else does.
+        task.abort();
+        result
+    }
+
+    fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
+        let (sender, mut receiver) = mpsc::channel(1);
+        let (client, id) = (Arc::clone(&self.client), blob.clone());
+        self.runtime()?.spawn(async move {
+            let _ = sender.send(client.size(&id).await).await;
+        });
+        receiver
+            .blocking_recv()
+            .unwrap_or_else(|| Err(self.client.vanished(blob)))
     }
 }
 
-fn redirect_target(origin: &Url, response: &Response) -> Result<Url, Failure> {
-    let refused = |reason: &str| {
-        Failure::lasting(BackendError::Status {
-            url: shown(response.url()),
-            status: response.status().as_u16(),
-            detail: format!(": {reason}"),
-        })
+impl Client {
+    /// Where the registry has the blob.
+    fn blob_url(&self, blob: &BlobId) -> Result<Url, BackendError> {
+        // The colon would make a relative reference look like a scheme.
+        self.base
+            .join(&format!("./sha256:{blob}"))
+            .map_err(|error| BackendError::Config(format!("blob {blob}: {error}")))
+    }
+
+    fn vanished(&self, blob: &BlobId) -> BackendError {
+        BackendError::Transport {
+            url: format!("{}sha256:{blob}", self.base),
+            action: "the transfer ended without a result",
+            source: "its task is gone".into(),
+        }
+    }
+}
+
+fn base_url(config: &RegistryConfig) -> Result<Url, BackendError> {
+    let bad = |what: &str, value: &str| {
+        BackendError::Config(format!("{value:?} is no {what} of a registry"))
     };
-    let location = response
-        .headers()
-        .get(LOCATION)
-        .and_then(|location| location.to_str().ok());
-    let target = location
-        .and_then(|location| response.url().join(location).ok())
-        .filter(|url| matches!(url.scheme(), "http" | "https"))
-        .ok_or_else(|| refused("redirect without a usable location"))?;
-    if origin.scheme() == "https" && target.scheme() != "https" {
-        return Err(refused("redirect from https to plain http refused"));
+    let host_ok = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+    let repo_ok = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
+    let (host, repo) = (&config.host, &config.repo);
+    if host.is_empty() || !host.chars().all(host_ok) {
+        return Err(bad("host", host));
     }
-    Ok(target)
+    let segment_ok = |segment: &str| !segment.is_empty() && segment.chars().any(|c| c != '.');
+    if !repo.chars().all(repo_ok) || !repo.split('/').all(segment_ok) {
+        return Err(bad("repository", repo));
+    }
+    Url::parse(&format!("{}://{host}/v2/{repo}/blobs/", config.scheme))
+        .ok()
+        .ok_or_else(|| bad("host", host))
 }
 
-fn client(config: &RegistryConfig) -> Result<reqwest::Client, BackendError> {
-    let mut builder = reqwest::Client::builder()
-        .user_agent(concat!("nydusd/", env!("CARGO_PKG_VERSION")))
-        .default_headers(config.headers.clone())
-        .connect_timeout(config.connect_timeout)
-        .read_timeout(config.read_timeout)
-        .redirect(reqwest::redirect::Policy::none())
-        .tcp_nodelay(true)
-        .tls_danger_accept_invalid_certs(config.skip_verify);
+fn headers(list: &[(String, String)]) -> Result<HeaderMap, BackendError> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in list {
+        let (Ok(key), Ok(mut value)) = (
+            HeaderName::from_bytes(name.as_bytes()),
+            HeaderValue::from_str(value),
+        ) else {
+            return Err(BackendError::Config(format!(
+                "{name:?}: not a valid header"
+            )));
+        };
+        value.set_sensitive(true);
+        headers.append(key, value);
+    }
+    Ok(headers)
+}
+
+fn http_client(config: &RegistryConfig) -> Result<reqwest::Client, BackendError> {
+    // An error means that the process has a provider already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let failed = |error: reqwest::Error| {
+        BackendError::Config(format!(
+            "HTTP client: {}",
+            answer::chain(&error.without_url())
+        ))
+    };
+    let mut builder = client_builder(config);
     for path in &config.ca_files {
-        let unusable = |why: String| BackendError::Config(format!("{}: {why}", path.display()));
+        let unusable = |cause: String| {
+            BackendError::Config(format!("certificates {}: {cause}", path.display()))
+        };
         let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        let bundle = reqwest::Certificate::from_pem_bundle(&pem)
-            .map_err(|error| unusable(error.to_string()))?;
-        builder = builder.tls_certs_merge(bundle);
+        let certificates = reqwest::Certificate::from_pem_bundle(&pem)
+            .map_err(|error| unusable(answer::chain(&error)))?;
+        if certificates.is_empty() {
+            return Err(unusable("there are none in it".to_owned()));
+        }
+        builder = builder.tls_certs_merge(certificates);
+    }
+    match builder.build() {
+        // A machine without certificates can use a plain registry all the same.
+        Err(_) if config.scheme == Scheme::Http && config.ca_files.is_empty() => {
+            client_builder(config)
+                .tls_certs_only([])
+                .build()
+                .map_err(failed)
+        }
+        result => result.map_err(failed),
+    }
+}
+
+fn client_builder(config: &RegistryConfig) -> reqwest::ClientBuilder {
+    let builder = reqwest::Client::builder()
+        .user_agent(concat!("nydus/", env!("CARGO_PKG_VERSION")))
+        // Followed by hand: credentials stay here, and targets are remembered.
+        .redirect(reqwest::redirect::Policy::none())
+        // Done by hand as well, with one limit for everything.
+        .retry(reqwest::retry::never())
+        .connect_timeout(config.timeouts.connect)
+        .pool_max_idle_per_host(16)
+        .pool_idle_timeout(Duration::from_secs(60))
+        .tcp_keepalive(Duration::from_secs(30))
+        .http2_adaptive_window(true)
+        .tls_danger_accept_invalid_certs(config.skip_verify);
+    let host = config.host.trim_start_matches('[');
+    if ["localhost", "127.", "::1"]
+        .iter()
+        .any(|local| host.starts_with(local))
+    {
+        // A proxy of the environment does not reach our own loopback.
+        return builder.no_proxy();
     }
     builder
-        .build()
-        .map_err(|error| BackendError::Config(format!("setting up the HTTP client: {error}")))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,3 +1,8 @@
+#![allow(
+    clippy::panic_in_result_fn,
+    reason = "helpers of tests both assert and return what is tested"
+)]
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::thread;
@@ -493,6 +498,46 @@ fn what_the_image_does_not_vouch_for_is_not_served() {
     let blob = open(&bench.sample, &bench.cache, &bench.backend);
     let error = check(&blob, &bench.sample, 61_440..61_441).unwrap_err();
     assert!(matches!(error, ReadError::NoDigest { .. }), "{error}");
+}
+
+#[test]
+fn chunks_that_no_file_refers_to_are_left_out() {
+    let options = BlobOptions {
+        batch_size: 1 << 16,
+        chunk_info_v2: true,
+        ..zstd()
+    };
+    let mut merged = sample(options, &[1000, 60_000, 2000, 3000, 60_000, 60_000]);
+    let first_four = &merged.digests.digests[..4];
+    merged.digests = Arc::new(Digests {
+        digests: first_four.to_vec(),
+        offsets: None,
+    });
+    let bench = Bench::new(merged);
+    bench
+        .blob
+        .ensure(0..bench.size(), Priority::Prefetch)
+        .unwrap();
+    assert_eq!(bench.blob.resident_chunks(), 4);
+    let requests = bench.requests();
+    bench
+        .blob
+        .ensure(0..bench.size(), Priority::OnDemand)
+        .unwrap();
+    let last = bench.sample.spans[5].plain.clone();
+    let error = bench.check(last).unwrap_err();
+    assert!(matches!(error, ReadError::NoDigest { .. }), "{error}");
+    assert_eq!(
+        bench.requests(),
+        requests,
+        "what cannot be verified is not fetched"
+    );
+    let failures = bench
+        .cache
+        .metrics()
+        .verify_failures
+        .load(Ordering::Relaxed);
+    assert_eq!(failures, 0);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //!
 //! Promises: members are recognised by their exact names, so nothing can be written
 //! elsewhere; sizes are bounded; files appear only after the digest of the whole
-//! layer was right. Layout of the layer: `docs/format.md`, "Bootstrap layer".
+//! layer was right. Layout of the layer: `docs/format-image.md`, "Bootstrap layer".
 #![forbid(unsafe_code)]
 
 use std::io::{self, Read};

@@ -2,7 +2,7 @@
 //!
 //! Documents are kept as JSON next to the few typed fields, so that fields and
 //! annotations that this code does not know survive being rewritten. What makes an
-//! image a Nydus image is in `docs/format.md`, "Images in registries".
+//! image a Nydus image is in `docs/format-image.md`.
 #![forbid(unsafe_code)]
 
 use std::fmt;

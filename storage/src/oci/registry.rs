@@ -9,8 +9,8 @@
 //! deadline; a request that failed for a passing reason is repeated a bounded
 //! number of times.
 //!
-//! Downloads: [`download`]. Uploads: [`upload`]. Log-in: [`auth`]. Retries: [`retry`].
-//! Time-outs and TLS: [`clients`].
+//! Downloads: `download`. Uploads: `upload`. Log-in: `auth`. Retries: `retry`.
+//! Time-outs and TLS: `clients`.
 
 use std::sync::Arc;
 use std::time::Duration;

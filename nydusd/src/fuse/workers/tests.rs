@@ -2,9 +2,7 @@
 //! Needs root and `/dev/fuse`.
 
 use std::ffi::CStr;
-use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
@@ -35,6 +33,8 @@ fn only_reads_are_recognised() {
 const LEN: u32 = 4096;
 /// Node 1 is the root, 2 to `FILES` + 1 are files.
 const FILES: u64 = 700;
+/// A node whose data cannot be had.
+const BROKEN: u64 = 9;
 
 /// `FILES` files named by their node number; reads wait while `gate` is shut.
 #[derive(Default)]
@@ -54,6 +54,19 @@ impl Stalled {
 impl Residency for Stalled {
     fn is_resident(&self, _node: u64, _offset: u64, _size: u32) -> bool {
         *self.open.lock().unwrap()
+    }
+
+    fn make_resident(&self, node: u64, _offset: u64, _size: u32) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut open = self.open.lock().unwrap();
+        while !*open {
+            open = self.opened.wait(open).unwrap();
+        }
+        if node == BROKEN {
+            Err(io::Error::from_raw_os_error(libc::EIO))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -136,11 +149,6 @@ impl FileSystem for Stalled {
         _: Option<u64>,
         _: u32,
     ) -> io::Result<usize> {
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let mut open = self.open.lock().unwrap();
-        while !*open {
-            open = self.opened.wait(open).unwrap();
-        }
         let left = u64::from(LEN).saturating_sub(offset).min(size.into());
         let data = vec![u8::try_from(node % 251).unwrap(); usize::try_from(left).unwrap()];
         out.write_all(&data)?;

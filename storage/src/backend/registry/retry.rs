@@ -1,89 +1,153 @@
-//! When to try again, and when to give up.
+//! Which failures are worth another attempt, and when it is made.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
+use std::time::Duration;
 
-use super::BackendError;
-use super::response::Failure;
+use tokio::time::Instant;
 
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// A server may ask for more patience than we would have, up to this.
-const LONGEST_ASKED: Duration = Duration::from_secs(30);
-/// A reader is blocked all this time.
-const DEADLINE: Duration = Duration::from_secs(60);
+use crate::backend::BackendError;
+use crate::metrics::{Metrics, add};
 
-/// Counts attempts and the pauses between them.
-#[derive(Debug)]
-pub(super) struct Backoff {
-    limit: u32,
-    attempts: u32,
-    in_a_row: u32,
-    started: Instant,
+/// How often and when to try again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryLimits {
+    /// Attempts after the first that may bring nothing new; an attempt that
+    /// delivered some bytes starts the count anew.
+    pub retries: u32,
+    /// Longest wait before the first retry; doubles with each. The wait is random
+    /// up to that, so that many nodes do not come back at once.
+    pub first_delay: Duration,
+    /// Longest wait, whatever the number of retries.
+    pub max_delay: Duration,
+    /// Longest `Retry-After` that is honoured; a longer one is cut to this.
+    pub max_retry_after: Duration,
 }
 
-impl Backoff {
-    /// Allows `limit` further attempts after the first.
-    pub(super) fn new(limit: u32) -> Self {
+impl Default for RetryLimits {
+    fn default() -> Self {
         Self {
-            limit,
-            attempts: 0,
-            in_a_row: 0,
-            started: Instant::now(),
+            retries: 5,
+            first_delay: Duration::from_millis(100),
+            max_delay: Duration::from_secs(5),
+            max_retry_after: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Whether another attempt makes sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Again {
+    /// The answer will be the same.
+    Never,
+    /// After a while.
+    Later,
+    /// After the time that the server named.
+    After(Duration),
+}
+
+/// An attempt that failed.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) error: BackendError,
+    pub(super) again: Again,
+}
+
+impl Failure {
+    pub(super) fn never(error: BackendError) -> Self {
+        Self {
+            error,
+            again: Again::Never,
         }
     }
 
-    /// Something was achieved: count the failures anew.
-    pub(super) fn restart(&mut self) {
-        self.in_a_row = 0;
-        self.started = Instant::now();
+    pub(super) fn later(error: BackendError) -> Self {
+        Self {
+            error,
+            again: Again::Later,
+        }
+    }
+}
+
+/// The attempts of one fetch.
+pub(super) struct Attempts<'a> {
+    limits: &'a RetryLimits,
+    metrics: &'a Metrics,
+    start: Instant,
+    /// When to give up at the latest.
+    pub(super) deadline: Instant,
+    made: u32,
+    /// Failures since the last progress.
+    fruitless: u32,
+}
+
+impl<'a> Attempts<'a> {
+    pub(super) fn new(limits: &'a RetryLimits, metrics: &'a Metrics, total: Duration) -> Self {
+        let start = Instant::now();
+        Self {
+            limits,
+            metrics,
+            start,
+            // Far enough in the future if somebody asked for eternity.
+            deadline: start
+                .checked_add(total)
+                .unwrap_or(start + Duration::from_secs(86_400)),
+            made: 0,
+            fruitless: 0,
+        }
     }
 
     /// Waits before the next attempt.
     ///
     /// # Errors
-    /// The failure, if another attempt is pointless or not allowed.
-    pub(super) async fn pause(&mut self, failure: Failure) -> Result<(), BackendError> {
-        self.attempts += 1;
-        self.in_a_row += 1;
-        let Failure {
-            error,
-            passing,
-            pause,
-        } = failure;
-        if !passing {
-            return Err(error);
+    /// The failure itself if it is final, else [`BackendError::GaveUp`] once there
+    /// were too many, or the next attempt would be too late.
+    pub(super) async fn after(
+        &mut self,
+        failure: Failure,
+        progress: bool,
+    ) -> Result<(), BackendError> {
+        self.made += 1;
+        self.fruitless = if progress { 1 } else { self.fruitless + 1 };
+        let delay = match failure.again {
+            Again::Never => return Err(failure.error),
+            Again::Later => jitter(self.backoff()),
+            // A little more, or all that were turned away come at the same moment.
+            Again::After(time) => {
+                time.min(self.limits.max_retry_after) + jitter(self.limits.first_delay)
+            }
+        };
+        let next = Instant::now() + delay;
+        if self.fruitless > self.limits.retries || next >= self.deadline {
+            return Err(self.gave_up(failure.error));
         }
-        let asked = pause.map(|pause| pause.min(LONGEST_ASKED));
-        let pause = asked.unwrap_or_else(|| jittered(exponential(self.in_a_row)));
-        let elapsed = self.started.elapsed();
-        if self.in_a_row > self.limit || elapsed + pause > DEADLINE {
-            return Err(BackendError::GaveUp {
-                attempts: self.attempts,
-                elapsed,
-                source: Box::new(error),
-            });
-        }
-        tokio::time::sleep(pause).await;
+        tracing::debug!(error = %failure.error, attempt = self.made, ?delay, "trying again");
+        add(&self.metrics.retries, 1);
+        tokio::time::sleep_until(next).await;
         Ok(())
+    }
+
+    fn backoff(&self) -> Duration {
+        let doublings = self.fruitless.saturating_sub(1).min(20);
+        let delay = self.limits.first_delay.saturating_mul(1 << doublings);
+        delay.min(self.limits.max_delay)
+    }
+
+    pub(super) fn gave_up(&self, error: BackendError) -> BackendError {
+        BackendError::GaveUp {
+            attempts: self.made.max(1),
+            elapsed: self.start.elapsed(),
+            source: Box::new(error),
+        }
     }
 }
 
-/// Doubles with every failure, up to the longest pause.
-fn exponential(failures: u32) -> Duration {
-    let factor = 1_u32
-        .checked_shl(failures.saturating_sub(1))
-        .unwrap_or(u32::MAX);
-    FIRST_PAUSE.saturating_mul(factor).min(LONGEST_PAUSE)
-}
-
-/// Between half and all of `pause`, so that clients which failed together do
-/// not come back together.
-fn jittered(pause: Duration) -> Duration {
-    // The clock's nanoseconds are random enough for this.
-    let nanos = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |now| now.subsec_nanos());
-    pause / 2 + (pause / 2).mul_f64(f64::from(nanos % 1024) / 1024.0)
+/// Between half of `limit` and all of it.
+fn jitter(limit: Duration) -> Duration {
+    // Each new state is seeded by the system's randomness; nothing here is secret.
+    let random = RandomState::new().build_hasher().finish() % 1024;
+    let part = u32::try_from(random).unwrap_or(0);
+    limit / 2 + limit.saturating_mul(part) / 2048
 }
 
 #[cfg(test)]
@@ -91,13 +155,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_a_limit_and_are_spread() {
-        assert_eq!(exponential(1), FIRST_PAUSE);
-        assert_eq!(exponential(3), FIRST_PAUSE * 4);
-        assert_eq!(exponential(4_000_000), LONGEST_PAUSE);
-        for _ in 0..100 {
-            let pause = jittered(FIRST_PAUSE);
-            assert!(pause >= FIRST_PAUSE / 2 && pause <= FIRST_PAUSE);
-        }
+    fn waits_grow_to_their_limit_and_differ() {
+        let (limits, metrics) = (RetryLimits::default(), Metrics::default());
+        let mut attempts = Attempts::new(&limits, &metrics, Duration::from_secs(1));
+        let delays: Vec<_> = (1..12)
+            .map(|n| {
+                attempts.fruitless = n;
+                attempts.backoff()
+            })
+            .collect();
+        assert_eq!(delays[0], limits.first_delay);
+        assert_eq!(delays[1], limits.first_delay * 2);
+        assert_eq!(delays[10], limits.max_delay);
+        let jitters: std::collections::HashSet<_> =
+            (0..50).map(|_| jitter(Duration::from_secs(1))).collect();
+        assert!(jitters.len() > 10);
+        assert!(
+            jitters
+                .iter()
+                .all(|d| (500..=1000).contains(&d.as_millis()))
+        );
     }
 }

@@ -1,389 +1,505 @@
-//! The backend against a small HTTP server that misbehaves as told.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_lossless,
-    clippy::panic_in_result_fn,
-    reason = "test data is small, and a test panics when it fails"
-)]
+mod server;
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::time::Instant;
+
+use server::{Reply, Server};
 
 use super::*;
 use crate::backend::{Priority, fetch_to_vec};
+use crate::sync::Ordering;
 
-/// A request as the server saw it: target and headers in lower case.
-#[derive(Clone, Debug)]
-struct Seen {
-    target: String,
-    headers: HashMap<String, String>,
-}
-
-impl Seen {
-    fn range(&self) -> Range<usize> {
-        let (start, end) = self.headers["range"]
-            .strip_prefix("bytes=")
-            .unwrap()
-            .split_once('-')
-            .unwrap();
-        start.parse().unwrap()..end.parse::<usize>().unwrap() + 1
-    }
-}
-
-/// A server whose answers are a function of the request's number and content.
-struct Server {
-    address: SocketAddr,
-    seen: Arc<Mutex<Vec<Seen>>>,
-}
-
-impl Server {
-    fn start(answer: impl Fn(usize, &Seen) -> Vec<u8> + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
-        let (log, answer) = (seen.clone(), Arc::new(answer));
-        std::thread::spawn(move || {
-            for socket in listener.incoming() {
-                let (log, answer) = (log.clone(), answer.clone());
-                std::thread::spawn(move || serve(socket.unwrap(), &log, &*answer));
-            }
-        });
-        Self { address, seen }
-    }
-
-    fn backend(&self) -> RegistryBackend {
-        self.backend_as(Credentials::Anonymous)
-    }
-
-    fn backend_as(&self, credentials: Credentials) -> RegistryBackend {
-        let config = RegistryConfig {
-            read_timeout: Duration::from_millis(300),
-            ..RegistryConfig::new("http", &self.address.to_string(), "some/repo", credentials)
-        };
-        RegistryBackend::new(&config).unwrap()
-    }
-
-    fn seen(&self) -> Vec<Seen> {
-        lock(&self.seen).clone()
-    }
-}
-
-fn serve(socket: TcpStream, log: &Mutex<Vec<Seen>>, answer: &dyn Fn(usize, &Seen) -> Vec<u8>) {
-    let mut reader = BufReader::new(socket.try_clone().unwrap());
-    let mut socket = socket;
-    loop {
-        let mut line = String::new();
-        if reader.read_line(&mut line).unwrap_or(0) == 0 {
-            return;
-        }
-        let target = line.split(' ').nth(1).unwrap().to_owned();
-        let mut headers = HashMap::new();
-        loop {
-            let mut line = String::new();
-            reader.read_line(&mut line).unwrap();
-            let Some((name, value)) = line.trim_end().split_once(": ") else {
-                break;
-            };
-            headers.insert(name.to_lowercase(), value.to_owned());
-        }
-        let seen = Seen { target, headers };
-        let number = {
-            let mut log = lock(log);
-            log.push(seen.clone());
-            log.len() - 1
-        };
-        let bytes = answer(number, &seen);
-        // A client that has given up has closed the connection.
-        if socket.write_all(&bytes).is_err() || bytes.ends_with(b"CLOSE") || bytes.is_empty() {
-            return;
-        }
-        if bytes.starts_with(b"STALL") {
-            std::thread::sleep(Duration::from_secs(2));
-        }
-        if !bytes
-            .windows(16)
-            .any(|w| w.eq_ignore_ascii_case(b"content-length: "))
-        {
-            return;
-        }
-        let body = bytes.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
-        let text = String::from_utf8_lossy(&bytes[..body]).to_lowercase();
-        let length = text
-            .split("content-length: ")
-            .nth(1)
-            .unwrap()
-            .split('\r')
-            .next()
-            .unwrap();
-        if bytes.len() - body < length.parse().unwrap() {
-            return; // the body was cut short: close
-        }
-    }
-}
-
-fn data() -> Vec<u8> {
-    (0..100_000_u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect()
-}
-
-fn status(line: &str, headers: &str, body: &[u8]) -> Vec<u8> {
-    let head = format!(
-        "HTTP/1.1 {line}\r\nContent-Length: {}\r\n{headers}\r\n",
-        body.len()
-    );
-    [head.as_bytes(), body].concat()
-}
-
-/// The right answer.
-fn partial(seen: &Seen) -> Vec<u8> {
-    let (data, range) = (data(), seen.range());
-    let header = format!(
-        "Content-Range: bytes {}-{}/{}\r\n",
-        range.start,
-        range.end - 1,
-        data.len()
-    );
-    status("206 Partial Content", &header, &data[range])
-}
+const PASSWORD: &str = "hunter2";
 
 fn blob() -> BlobId {
     BlobId::new(&"ab".repeat(32)).unwrap()
 }
 
-fn fetch(backend: &RegistryBackend, range: Range<u64>) -> Result<Vec<u8>, BackendError> {
-    let blob = blob();
-    fetch_to_vec(
-        backend,
-        &Fetch {
-            blob: &blob,
-            range,
-            priority: Priority::OnDemand,
-        },
-        1 << 20,
-    )
+fn data() -> Vec<u8> {
+    (0..300_000_u32)
+        .map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()[3])
+        .collect()
 }
 
-#[track_caller]
-fn assert_fetches(server: &Server) {
-    assert!(fetch(&server.backend(), 1000..90_000).unwrap() == data()[1000..90_000]);
+fn config(server: &Server) -> RegistryConfig {
+    let mut config = RegistryConfig::new(&server.host(), "library/demo");
+    config.scheme = Scheme::Http;
+    config.timeouts = Timeouts {
+        connect: Duration::from_secs(2),
+        read: Duration::from_millis(1000),
+        total: Duration::from_secs(20),
+    };
+    config.retry.first_delay = Duration::from_millis(5);
+    config
+}
+
+fn backend(server: &Server) -> RegistryBackend {
+    RegistryBackend::new(config(server)).unwrap()
+}
+
+fn fetch(backend: &RegistryBackend, range: std::ops::Range<u64>) -> Result<Vec<u8>, BackendError> {
+    let request = Fetch {
+        blob: &blob(),
+        range,
+        priority: Priority::OnDemand,
+    };
+    fetch_to_vec(backend, &request, 1 << 30)
+}
+
+fn expect(backend: &RegistryBackend, range: std::ops::Range<usize>) {
+    let asked = as_u64(range.start)..as_u64(range.end);
+    let got = fetch(backend, asked).unwrap_or_else(|error| panic!("{}", answer::chain(&error)));
+    assert!(got == data()[range]);
+}
+
+/// The innermost error behind "gave up".
+fn cause(error: &BackendError) -> &BackendError {
+    match error {
+        BackendError::GaveUp { source, .. } => source,
+        error => error,
+    }
 }
 
 #[test]
-fn asks_for_the_range_of_the_blob() {
-    let server = Server::start(|_, seen| partial(seen));
-    assert_fetches(&server);
-    let seen = server.seen();
-    assert_eq!(
-        seen[0].target,
-        format!("/v2/some/repo/blobs/sha256:{}", blob())
-    );
-    assert_eq!(seen[0].range(), 1000..90_000);
-    assert_eq!(server.backend().size(&blob()).unwrap(), 100_000);
+fn a_range_is_asked_for_and_delivered() {
+    let server = Server::new(|request, _| Reply::range(request, &data()));
+    let backend = backend(&server);
+    expect(&backend, 1000..200_000);
+    expect(&backend, 0..1);
+    expect(&backend, 299_999..300_000);
+    let requests = server.requests();
+    let path = format!("/v2/library/demo/blobs/sha256:{}", blob());
+    assert!(requests.iter().all(|r| r.method == "GET" && r.path == path));
+    assert_eq!(requests[0].header("range"), Some("bytes=1000-199999"));
+    assert_eq!(backend.size(&blob()).unwrap(), 300_000);
 }
 
 #[test]
-fn a_server_that_ignores_ranges_is_cut_to_size() {
-    let server = Server::start(|_, _| status("200 OK", "", &data()));
-    assert_fetches(&server);
-    assert_eq!(server.backend().size(&blob()).unwrap(), 100_000);
+fn a_server_may_ignore_ranges() {
+    let server = Server::new(|_, _| Reply::ok(data()));
+    expect(&backend(&server), 100_000..100_010);
+    let chunked = Server::new(|_, _| Reply::ok(data()).without("content-length"));
+    expect(&backend(&chunked), 100_000..300_000);
+    // But not be too short.
+    let short = Server::new(|_, _| Reply::ok(data()[..1000].to_vec()));
+    let error = fetch(&backend(&short), 500..2000).unwrap_err();
+    assert!(matches!(error, BackendError::Short { .. }), "{error}");
+    assert_eq!(short.requests().len(), 1);
 }
 
 #[test]
-fn a_wrong_content_range_is_not_believed() {
-    let server = Server::start(|number, seen| match number {
-        0 => status(
-            "206 Partial Content",
-            "Content-Range: bytes 0-88999/100000\r\n",
-            &data()[..89_000],
-        ),
-        1 => status("206 Partial Content", "", &data()[..89_000]),
-        _ => partial(seen),
+fn another_range_is_an_error_and_more_bytes_are_cut() {
+    for wrong in ["bytes 5-14/300000", "bytes 10-29/300000", "nonsense"] {
+        let server = Server::new(move |_, _| {
+            Reply::new(206, data()[10..20].to_vec()).with("content-range", wrong)
+        });
+        let mut config = config(&server);
+        config.retry.retries = 1;
+        let error = fetch(&RegistryBackend::new(config).unwrap(), 10..20).unwrap_err();
+        assert!(
+            matches!(cause(&error), BackendError::WrongRange { .. }),
+            "{error}"
+        );
+        assert_eq!(server.requests().len(), 2);
+    }
+    let server = Server::new(|_, _| {
+        Reply::new(206, data()[10..900].to_vec()).with("content-range", "bytes 10-19/300000")
     });
-    assert_fetches(&server);
+    expect(&backend(&server), 10..20);
+    // Less than asked is fine: the rest is asked for.
+    let server = Server::new(|request, _| {
+        let range = request.range();
+        Reply::part(&data(), range.start..range.end.min(range.start + 50_000))
+    });
+    expect(&backend(&server), 0..300_000);
+    assert_eq!(server.requests().len(), 6);
 }
 
 #[test]
 fn a_broken_transfer_is_resumed_where_it_broke() {
-    let server = Server::start(|number, seen| {
-        let whole = partial(seen);
-        match number {
-            0..3 => whole[..whole.len() / 2].to_vec(),
-            _ => whole,
-        }
-    });
-    assert_fetches(&server);
-    let starts: Vec<usize> = server
-        .seen()
-        .iter()
-        .map(|seen| seen.range().start)
-        .collect();
-    assert!(
-        starts.is_sorted() && starts[0] < starts[1] && starts[1] < starts[2],
-        "{starts:?}"
-    );
+    for stall in [false, true] {
+        let server = Server::new(move |request, number| {
+            let reply = Reply::range(request, &data());
+            match number {
+                0 | 1 => reply.cut(90_000, stall),
+                _ => reply,
+            }
+        });
+        let metrics = Arc::new(Metrics::default());
+        let backend = RegistryBackend::with_metrics(config(&server), Arc::clone(&metrics)).unwrap();
+        expect(&backend, 0..300_000);
+        let starts: Vec<_> = server.requests().iter().map(|r| r.range().start).collect();
+        assert_eq!(starts, [0, 90_000, 180_000]);
+        assert_eq!(metrics.retries.load(Ordering::Relaxed), 2);
+    }
 }
 
 #[test]
-fn a_stalled_answer_and_a_closed_connection_are_tried_again() {
-    let server = Server::start(|number, seen| match number {
-        0 => b"STALL".to_vec(),
-        1 => Vec::new(),
-        _ => partial(seen),
+fn a_server_in_trouble_is_asked_again_later() {
+    for status in [429, 500, 502, 503, 504] {
+        let server = Server::new(move |request, number| match number {
+            0 | 1 => Reply::new(status, b"wait".to_vec()),
+            _ => Reply::range(request, &data()),
+        });
+        expect(&backend(&server), 5..5000);
+        assert_eq!(server.requests().len(), 3);
+    }
+    // For as long as it wishes, within limits.
+    let server = Server::new(|request, number| match number {
+        0 => Reply::new(429, Vec::new()).with("retry-after", "1"),
+        1 => Reply::new(503, Vec::new()).with("retry-after", "86400"),
+        _ => Reply::range(request, &data()),
     });
-    assert_fetches(&server);
-}
-
-#[test]
-fn patience_is_as_long_as_the_server_asks() {
-    let server = Server::start(|number, seen| match number {
-        0 => status("429 Too Many Requests", "Retry-After: 1\r\n", b""),
-        1 => status("503 Service Unavailable", "", b"busy"),
-        _ => partial(seen),
-    });
+    let mut config = config(&server);
+    config.retry.max_retry_after = Duration::from_millis(1200);
     let start = Instant::now();
-    assert_fetches(&server);
+    expect(&RegistryBackend::new(config).unwrap(), 5..5000);
+    let elapsed = start.elapsed();
+    assert!((2.2..15.0).contains(&elapsed.as_secs_f64()), "{elapsed:?}");
+}
+
+#[test]
+fn it_gives_up_after_the_limit_and_says_why() {
+    let server = Server::new(|_, _| Reply::new(500, b"out of\x1b[2J luck".to_vec()));
+    let mut limited = config(&server);
+    limited.retry.retries = 2;
+    let error = fetch(&RegistryBackend::new(limited).unwrap(), 0..10).unwrap_err();
     assert!(
-        start.elapsed() >= Duration::from_secs(1),
-        "{:?}",
-        start.elapsed()
+        matches!(error, BackendError::GaveUp { attempts: 3, .. }),
+        "{error}"
+    );
+    let text = cause(&error).to_string();
+    assert!(
+        text.contains("500") && text.contains("out of [2J luck"),
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!("http://{}/v2/library/demo", server.host())),
+        "{text}"
+    );
+    // A server that accepts and then says nothing, and one that is not there.
+    let silent = Server::new(|_, _| Reply::silence());
+    let mut limited = config(&silent);
+    limited.timeouts.connect = Duration::from_millis(50);
+    limited.timeouts.read = Duration::from_millis(50);
+    limited.timeouts.total = Duration::from_millis(300);
+    let start = Instant::now();
+    let error = fetch(&RegistryBackend::new(limited.clone()).unwrap(), 0..10).unwrap_err();
+    assert!(matches!(error, BackendError::GaveUp { .. }), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(2));
+    limited.host = "127.0.0.1:1".to_owned();
+    let error = fetch(&RegistryBackend::new(limited).unwrap(), 0..10).unwrap_err();
+    assert!(
+        matches!(cause(&error), BackendError::Transport { .. }),
+        "{error}"
     );
 }
 
 #[test]
-fn what_will_not_pass_is_an_error_at_once() {
-    for (line, code) in [
-        ("404 Not Found", 404),
-        ("416 Range Not Satisfiable", 416),
-        ("403 Forbidden", 403),
-    ] {
-        let server = Server::start(move |_, _| status(line, "", b"BLOB_UNKNOWN\n\x1b[31m"));
-        let error = fetch(&server.backend(), 0..10).unwrap_err();
-        let BackendError::Status { status, url, .. } = &error else {
+fn some_answers_are_final() {
+    for status in [400, 403, 404, 410, 416] {
+        let server = Server::new(move |_, _| {
+            let body = br#"{"errors":[{"code":"BLOB_UNKNOWN","message":"never heard of it"}]}"#;
+            Reply::new(status, body.to_vec())
+        });
+        let error = fetch(&backend(&server), 0..10).unwrap_err();
+        let BackendError::Status {
+            status: got,
+            detail,
+            ..
+        } = &error
+        else {
             panic!("{error}")
         };
-        assert_eq!(*status, code);
-        assert!(url.ends_with(&format!("/v2/some/repo/blobs/sha256:{}", blob())));
-        assert!(error.to_string().ends_with("BLOB_UNKNOWN[31m"), "{error}");
-        assert_eq!(server.seen().len(), 1);
-    }
-}
-
-#[test]
-fn gives_up_after_the_allowed_number_of_attempts() {
-    let server = Server::start(|_, _| status("500 Internal Server Error", "", b""));
-    let error = fetch(&server.backend(), 0..10).unwrap_err();
-    assert!(
-        matches!(error, BackendError::GaveUp { attempts: 5, .. }),
-        "{error}"
-    );
-}
-
-#[test]
-fn a_bearer_token_is_obtained_once_and_sent_to_the_registry_only() {
-    let elsewhere = Server::start(|_, seen| partial(seen));
-    let target = format!(
-        "Location: http://localhost:{}/signed?sig=s\r\n",
-        elsewhere.address.port()
-    );
-    let registry = Server::start(move |_, seen| {
-        if seen.target.starts_with("/token") {
-            return status("200 OK", "", b"{\"token\":\"T\",\"expires_in\":300}");
-        }
-        if seen.headers.get("authorization").map(String::as_str) == Some("Bearer T") {
-            return status("307 Temporary Redirect", &target, b"");
-        }
-        let realm = format!("http://{}/token", seen.headers["host"]);
-        let challenge = format!(
-            "WWW-Authenticate: Bearer realm=\"{realm}\",service=\"s\",scope=\"repository:some/repo:pull\"\r\n"
+        assert_eq!(
+            (*got, detail.as_str()),
+            (status, ": BLOB_UNKNOWN never heard of it")
         );
-        status("401 Unauthorized", &challenge, b"")
-    });
-    let basic = Credentials::Basic {
-        username: "u".into(),
-        password: "p".into(),
-    };
-    let backend = registry.backend_as(basic);
-    for _ in 0..3 {
-        assert!(fetch(&backend, 5..500).unwrap() == data()[5..500]);
+        assert_eq!(server.requests().len(), 1);
     }
-    let targets: Vec<String> = registry
-        .seen()
+}
+
+/// A registry that wants the token which its own token service hands out.
+fn token_server(expires_in: u64) -> Server {
+    Server::new(move |request, number| {
+        if request.path.starts_with("/token") {
+            let ok = request.header("authorization") == Some("Basic dTpodW50ZXIy")
+                && request
+                    .path
+                    .contains("scope=repository%3Alibrary%2Fdemo%3Apull")
+                && request.path.contains("service=here");
+            if !ok {
+                return Reply::new(401, Vec::new());
+            }
+            let body = format!(r#"{{"token":"t{number}","expires_in":{expires_in}}}"#);
+            return Reply::ok(body.into_bytes());
+        }
+        match request.header("authorization") {
+            Some(header) if header.starts_with("Bearer t") => Reply::range(request, &data()),
+            _ => {
+                let challenge = format!(
+                    r#"Bearer realm="http://{}/token",service="here",scope="repository:library/demo:pull""#,
+                    request.header("host").unwrap_or_default()
+                );
+                Reply::new(401, Vec::new()).with("www-authenticate", &challenge)
+            }
+        }
+    })
+}
+
+fn basic(password: &str) -> Credentials {
+    Credentials::Basic {
+        username: "u".to_owned(),
+        password: password.to_owned(),
+    }
+}
+
+#[test]
+fn tokens_are_fetched_once_and_renewed_before_they_expire() {
+    let server = token_server(300);
+    let mut with_password = config(&server);
+    with_password.auth = basic(PASSWORD);
+    let backend = RegistryBackend::new(with_password.clone()).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| expect(&backend, 0..1000));
+        }
+    });
+    expect(&backend, 1000..2000);
+    let tokens = server
+        .requests()
         .iter()
-        .map(|seen| seen.target.clone())
+        .filter(|r| r.path.starts_with("/token"))
+        .count();
+    assert_eq!(tokens, 1);
+
+    let server = token_server(1);
+    with_password.host = server.host();
+    let backend = RegistryBackend::new(with_password.clone()).unwrap();
+    expect(&backend, 0..1000);
+    std::thread::sleep(Duration::from_millis(700));
+    expect(&backend, 0..1000);
+    let paths: Vec<_> = server
+        .requests()
+        .iter()
+        .map(|r| r.path.starts_with("/token"))
         .collect();
     assert_eq!(
-        targets.len(),
-        3,
-        "blob, token, blob; then the redirect is known: {targets:?}"
+        paths,
+        [false, true, false, true, false],
+        "no request is wasted on an old token"
     );
-    assert!(
-        targets[1].contains("service=s")
-            && targets[1].contains("scope=repository%3Asome%2Frepo%3Apull")
-    );
-    assert_eq!(registry.seen()[1].headers["authorization"], "Basic dTpw");
-    assert!(
-        elsewhere
-            .seen()
-            .iter()
-            .all(|seen| !seen.headers.contains_key("authorization"))
-    );
+
+    with_password.auth = basic("sesame");
+    let error = fetch(&RegistryBackend::new(with_password).unwrap(), 0..10).unwrap_err();
+    assert!(matches!(error, BackendError::Auth { .. }), "{error}");
+    assert!(!format!("{error} {error:?}").contains("sesame"));
 }
 
 #[test]
-fn an_expired_redirect_is_renewed() {
-    let elsewhere = Server::start(|number, seen| match number {
-        1 => status("403 Forbidden", "", b"expired"),
-        _ => partial(seen),
-    });
-    let target = format!(
-        "Location: http://localhost:{}/signed\r\n",
-        elsewhere.address.port()
-    );
-    let registry = Server::start(move |_, _| status("307 Temporary Redirect", &target, b""));
-    let backend = registry.backend();
-    fetch(&backend, 0..10).unwrap();
-    assert!(fetch(&backend, 5..500).unwrap() == data()[5..500]);
-    assert_eq!(registry.seen().len(), 2);
-}
-
-#[test]
-fn basic_credentials_are_sent_when_asked_for_and_refusals_say_so() {
+fn a_revoked_token_is_replaced() {
     let server =
-        Server::start(
-            |_, seen| match seen.headers.get("authorization").map(String::as_str) {
-                Some("Basic dTpw") => partial(seen),
-                _ => status(
-                    "401 Unauthorized",
-                    "WWW-Authenticate: Basic realm=\"r\"\r\n",
-                    b"",
-                ),
+        Server::new(
+            |request, number| match (request.path.starts_with("/token"), number) {
+                (true, _) => Reply::ok(format!(r#"{{"token":"t{number}"}}"#).into_bytes()),
+                // The token of the beginning is refused from here on.
+                (false, number)
+                    if number < 3 || request.header("authorization") != Some("Bearer t1") =>
+                {
+                    match request.header("authorization") {
+                        Some(_) => Reply::range(request, &data()),
+                        None => challenge(request),
+                    }
+                }
+                _ => challenge(request),
             },
         );
-    let user = |password: &str| Credentials::Basic {
-        username: "u".into(),
-        password: password.into(),
-    };
-    fetch(&server.backend_as(user("p")), 0..10).unwrap();
-    for wrong in [user("secret"), Credentials::Anonymous] {
-        let error = fetch(&server.backend_as(wrong), 0..10).unwrap_err();
-        assert!(matches!(error, BackendError::Auth { .. }), "{error}");
-        assert!(!format!("{error} {error:?}").contains("secret"));
+    fn challenge(request: &server::Request) -> Reply {
+        let realm = format!(
+            r#"Bearer realm="http://{}/token""#,
+            request.header("host").unwrap()
+        );
+        Reply::new(401, Vec::new()).with("www-authenticate", &realm)
     }
-    let backend = server.backend_as(user("wrong"));
-    fetch(&backend, 0..10).unwrap_err();
-    backend.set_credentials(user("p"));
-    fetch(&backend, 0..10).unwrap();
+    let backend = backend(&server);
+    expect(&backend, 0..10);
+    expect(&backend, 0..10);
+    assert_eq!(
+        server
+            .requests()
+            .iter()
+            .filter(|r| r.path.starts_with("/token"))
+            .count(),
+        2
+    );
 }
 
 #[test]
-fn redirects_do_not_go_round_for_ever() {
-    let server = Server::start(|_, _| status("302 Found", "Location: /again\r\n", b""));
-    let error = fetch(&server.backend(), 0..10).unwrap_err();
+fn passwords_go_only_where_they_are_asked_for() {
+    let server = Server::new(|request, _| match request.header("authorization") {
+        Some("Basic dTpodW50ZXIy") => Reply::range(request, &data()),
+        _ => Reply::new(401, Vec::new()).with("www-authenticate", "Basic realm=\"x\""),
+    });
+    let mut config = config(&server);
+    config.auth = basic(PASSWORD);
+    let good = RegistryBackend::new(config.clone()).unwrap();
+    expect(&good, 0..10);
+    expect(&good, 0..10);
+    assert_eq!(server.requests().len(), 3, "asked once");
+    assert!(server.requests()[0].header("authorization").is_none());
+    for auth in [
+        Credentials::Anonymous,
+        basic("sesame"),
+        Credentials::Bearer("sesame".into()),
+    ] {
+        config.auth = auth;
+        assert!(!format!("{config:?}").contains("sesame"));
+        let before = server.requests().len();
+        let error = fetch(&RegistryBackend::new(config.clone()).unwrap(), 0..10).unwrap_err();
+        assert!(matches!(error, BackendError::Auth { .. }), "{error}");
+        assert!(!format!("{error} {error:?}").contains("sesame"));
+        assert!(server.requests().len() - before <= 2);
+    }
+}
+
+#[test]
+fn redirects_get_no_credentials_are_remembered_and_renewed() {
+    let store = Server::new(|request, number| match number {
+        // The signature expires twice: with 403, and with an odd one.
+        2 => Reply::new(403, b"<Error><Code>AccessDenied</Code></Error>".to_vec()),
+        4 => Reply::new(400, b"<Error><Code>ExpiredToken</Code></Error>".to_vec()),
+        _ => Reply::range(request, &data()),
+    });
+    let host = store.host();
+    let registry = Server::new(
+        move |request, number| match request.header("authorization") {
+            None => Reply::new(401, Vec::new()).with("www-authenticate", "Basic realm=\"x\""),
+            Some(_) => {
+                let status = [301, 302, 303, 307, 308][number % 5];
+                let target = format!("http://{host}/object?X-Signature=secret{number}");
+                Reply::new(status, Vec::new()).with("location", &target)
+            }
+        },
+    );
+    let mut config = config(&registry);
+    config.auth = basic(PASSWORD);
+    config.headers = vec![("x-team".to_owned(), "blue".to_owned())];
+    let backend = RegistryBackend::new(config).unwrap();
+    for at in 0..5 {
+        expect(&backend, at * 1000..at * 1000 + 999);
+    }
+    assert_eq!(registry.requests().len(), 2 + 2, "the target is remembered");
     assert!(
-        matches!(error, BackendError::Status { status: 302, .. }),
+        registry
+            .requests()
+            .iter()
+            .all(|r| r.header("x-team") == Some("blue"))
+    );
+    assert_eq!(store.requests().len(), 7);
+    for request in store.requests() {
+        assert!(request.path.starts_with("/object?X-Signature=secret"));
+        assert!(request.header("authorization").is_none() && request.header("x-team").is_none());
+    }
+}
+
+#[test]
+fn errors_behind_a_redirect_hide_the_signature() {
+    let store = Server::new(|_, _| {
+        let body = b"<Error><Code>NoSuchKey</Code><Key>secret</Key></Error>".to_vec();
+        Reply::new(404, body)
+    });
+    let host = store.host();
+    let registry = Server::new(move |_, _| {
+        let target = format!("http://user:secret@{host}/object?sig=secret");
+        Reply::new(307, Vec::new()).with("location", &target)
+    });
+    let error = fetch(&backend(&registry), 0..10).unwrap_err();
+    let text = format!("{error} {error:?}");
+    assert!(
+        text.contains("NoSuchKey") && !text.contains("secret"),
+        "{text}"
+    );
+    drop(store);
+    let mut config = config(&registry);
+    config.retry.retries = 1;
+    let error = fetch(&RegistryBackend::new(config).unwrap(), 0..10).unwrap_err();
+    let text = format!("{} {error:?}", answer::chain(&error));
+    assert!(!text.contains("secret"), "{text}");
+    let looping =
+        Server::new(|request, _| Reply::new(307, Vec::new()).with("location", &request.path));
+    let error = fetch(&backend(&looping), 0..10).unwrap_err();
+    assert!(
+        matches!(error, BackendError::Status { status: 307, .. }),
         "{error}"
     );
+}
+
+#[test]
+fn the_size_is_known_even_if_head_is_refused() {
+    let server = Server::new(|request, _| match request.method.as_str() {
+        "HEAD" => Reply::ok(Vec::new())
+            .with("content-length", "300000")
+            .without("content-length"),
+        _ => Reply::range(request, &data()),
+    });
+    assert_eq!(backend(&server).size(&blob()).unwrap(), 300_000);
+    let server = Server::new(|request, _| match request.method.as_str() {
+        "HEAD" => Reply::new(405, Vec::new()),
+        _ => Reply::range(request, &data()),
+    });
+    assert_eq!(backend(&server).size(&blob()).unwrap(), 300_000);
+    let server = Server::new(|_, _| Reply::new(404, Vec::new()));
+    let error = backend(&server).size(&blob()).unwrap_err();
+    assert!(
+        matches!(error, BackendError::Status { status: 404, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_receiver_may_stop() {
+    let server = Server::new(|request, _| Reply::range(request, &data()));
+    let backend = backend(&server);
+    let request = Fetch {
+        blob: &blob(),
+        range: 0..300_000,
+        priority: Priority::Prefetch,
+    };
+    let mut pieces = 0;
+    let result = backend.fetch(&request, &mut |_| {
+        pieces += 1;
+        Err(Stop)
+    });
+    assert!(matches!(result, Err(BackendError::Stopped)));
+    assert_eq!(pieces, 1);
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    for (host, repo) in [
+        ("", "a"),
+        ("host/path", "a"),
+        ("user@host", "a"),
+        ("host", ""),
+        ("host", "a/../b"),
+        ("host", "a//b"),
+        ("host", "a?b"),
+        ("host:99999", "a"),
+    ] {
+        let error = RegistryBackend::new(RegistryConfig::new(host, repo)).unwrap_err();
+        assert!(
+            matches!(error, BackendError::Config(_)),
+            "{host} {repo}: {error}"
+        );
+    }
+    for host in ["[::1]:5000", "registry.example.com", "10.0.0.1:443"] {
+        RegistryBackend::new(RegistryConfig::new(host, "a/b-c_d.e")).unwrap();
+    }
+    let mut config = RegistryConfig::new("host", "repo");
+    config.headers = vec![("x".to_owned(), "secret\n".to_owned())];
+    let error = RegistryBackend::new(config.clone()).unwrap_err();
+    assert!(!error.to_string().contains("secret"), "{error}");
+    config.headers.clear();
+    config.ca_files = vec!["/does/not/exist.pem".into()];
+    let error = RegistryBackend::new(config).unwrap_err();
+    assert!(error.to_string().contains("/does/not/exist.pem"), "{error}");
 }

@@ -444,6 +444,35 @@ async fn tokens_are_obtained_and_renewed() {
 }
 
 #[tokio::test]
+async fn a_redirect_to_a_store_takes_no_credentials_along() {
+    let store = Server::start(|request, before, _| {
+        let mut reply = Reply::ok(&content()[start_of(request.range.as_ref())..]);
+        if before == 0 {
+            reply.cut = Some(1000);
+        } else {
+            reply.status = 206;
+        }
+        Some(reply)
+    });
+    let host = store.host.clone();
+    let server = Server::start(move |request, _, _| match &request.authorization {
+        None => Some(Reply::status(401).header("WWW-Authenticate: Basic realm=\"r\"")),
+        Some(_) => Some(Reply::status(307).header(&format!("Location: http://{host}/signed?x=1"))),
+    });
+    let credentials = Credentials::Basic {
+        username: "u".into(),
+        password: "p".into(),
+    };
+    let registry = server.open("a", credentials).await;
+    let descriptor = Descriptor::of(OCI_LAYER_GZIP, &content());
+    assert!(download(&registry, &descriptor).await.unwrap() == content());
+    let asked = store.requests("GET");
+    assert_eq!(asked.len(), 2);
+    assert_eq!(asked[1].range.as_deref(), Some("bytes=1000-"));
+    assert!(asked.iter().all(|request| request.authorization.is_none()));
+}
+
+#[tokio::test]
 async fn an_upload_is_repeated_from_the_start() {
     let server = Server::start(|request, before, _| match request.method.as_str() {
         "POST" => Some(Reply::status(202).header("Location: /upload?state=1")),

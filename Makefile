@@ -1,0 +1,32 @@
+# What a newcomer needs: `make help`.
+SHELL := /bin/bash
+# The Rust installer puts cargo here; a shell that was open before does not know it yet.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+.PHONY: help install build demo test bench docs clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## Install Debian packages and Rust, if missing (as root)
+	@misc/install.sh
+
+build: install ## Build nydusd and nydus-image, optimised, into target/release
+	cargo build --release --locked -p nydusd -p nydus-image
+
+demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for your own
+	cargo run --release --locked --quiet -p e2e --bin demo -- $(if $(IMAGE),'$(IMAGE)')
+
+test: ## Check format and lints, run all tests (as root)
+	@misc/test.sh
+
+bench: build ## Print build and read speed against tar, zstd and ext4 (as root)
+	misc/bench/build.sh
+	misc/bench/read.sh
+
+docs: ## Build the API documentation, warnings denied
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items
+
+clean: ## Remove what was built, images of the demo included
+	cargo clean
+	rm -rf out

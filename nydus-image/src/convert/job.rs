@@ -1,0 +1,199 @@
+//! The work of a conversion: layers into the target, then what names them.
+//!
+//! Everything runs in one future, so dropping it (after an error, or Ctrl-C) stops all
+//! transfers at once.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use storage::oci::{BlobSource, ContentDigest, Descriptor, Images};
+
+use super::layer::{self, Converted};
+use super::plan::{Plan, SourceImage, SourceLayer};
+use super::progress::Progress;
+use super::{bootstrap, manifest};
+use crate::build::BuildOptions;
+use crate::pipeline::Engine;
+
+/// A conversion at work.
+pub(super) struct Job {
+    pub(super) from: Images,
+    pub(super) to: Images,
+    pub(super) engine: Engine,
+    pub(super) options: BuildOptions,
+    pub(super) work_dir: PathBuf,
+    pub(super) progress: Progress,
+}
+
+/// A converted layer, and whether it had to be sent.
+pub(super) struct Done {
+    pub(super) layer: Arc<Converted>,
+    pub(super) sent: bool,
+}
+
+/// Converted layers by the digest of their source.
+pub(super) type Layers = HashMap<ContentDigest, Done>;
+
+impl Job {
+    /// Converts and sends all layers, `jobs` at a time.
+    pub(super) async fn convert_layers(
+        &self,
+        layers: Vec<SourceLayer>,
+        jobs: usize,
+    ) -> anyhow::Result<Layers> {
+        let total = layers.len();
+        let work = layers
+            .into_iter()
+            .enumerate()
+            .map(|(index, layer)| async move {
+                let digest = layer.descriptor.digest.clone();
+                let done = self.convert_layer((index + 1, total), layer).await;
+                let done = done.with_context(|| format!("cannot convert layer {digest}"))?;
+                anyhow::Ok((digest, done))
+            });
+        stream::iter(work)
+            .buffer_unordered(jobs)
+            .try_collect()
+            .await
+    }
+
+    async fn convert_layer(
+        &self,
+        number: (usize, usize),
+        source: SourceLayer,
+    ) -> anyhow::Result<Done> {
+        let SourceLayer {
+            descriptor,
+            diff_id,
+        } = source;
+        let progress = self
+            .progress
+            .layer(number, &descriptor.digest, descriptor.size);
+        let reader = self.from.blob_stream(&descriptor)?.into_reader();
+        let reader = progress.fetching(reader);
+        let (engine, options) = (self.engine.clone(), self.options.clone());
+        let work_dir = self.work_dir.clone();
+        let work = tokio::task::spawn_blocking(move || {
+            let digests = (&descriptor.digest, &diff_id);
+            layer::convert(&engine, reader, digests, &options, &work_dir)
+        });
+        let mut layer = work.await.context("the conversion crashed")??;
+        let blob = manifest::blob_layer(layer.digest.clone(), layer.size);
+        // Frees the disk space as soon as the blob is sent.
+        let source = BlobSource::File(layer.file.take().context("the blob is gone")?);
+        let sent = self
+            .send(&source, &blob, progress.sending(layer.size))
+            .await?;
+        progress.done(layer.size, sent);
+        Ok(Done {
+            layer: Arc::new(layer),
+            sent,
+        })
+    }
+
+    /// Sends a blob unless the target has it. Returns whether it was sent.
+    async fn send(
+        &self,
+        source: &BlobSource,
+        blob: &Descriptor,
+        progress: storage::oci::Progress,
+    ) -> anyhow::Result<bool> {
+        if self.to.has_blob(blob).await? {
+            return Ok(false);
+        }
+        self.to.push_blob(source, blob, progress).await?;
+        Ok(true)
+    }
+
+    /// Sends manifests and what they need, and names the result.
+    pub(super) async fn publish(
+        &self,
+        plan: &Plan,
+        layers: &Layers,
+        name: Option<String>,
+    ) -> anyhow::Result<Descriptor> {
+        let mut entries = Vec::new();
+        let mut last = None;
+        for image in &plan.images {
+            let (bytes, descriptor) = self
+                .complete(image, layers, name.as_deref())
+                .await
+                .with_context(|| format!("cannot complete the image {}", image.entry.digest))?;
+            if plan.index.is_some() {
+                self.to.push_manifest(&bytes, &descriptor).await?;
+                entries.push(manifest::index_entry(&image.entry, descriptor.clone()));
+            }
+            last = Some((bytes, descriptor));
+        }
+        let (bytes, descriptor) = match &plan.index {
+            Some((media_type, rest)) => {
+                let bytes = serde_json::to_vec(&manifest::index(rest, entries))?;
+                let descriptor = Descriptor::of(media_type, &bytes);
+                (Bytes::from(bytes), descriptor)
+            }
+            None => last.context("there is no image")?,
+        };
+        self.to.publish(&bytes, &descriptor).await?;
+        Ok(descriptor)
+    }
+
+    /// Makes and sends the bootstrap layer and the configuration of one image. Returns its
+    /// manifest, which is not sent yet.
+    async fn complete(
+        &self,
+        image: &SourceImage,
+        layers: &Layers,
+        name: Option<&str>,
+    ) -> anyhow::Result<(Bytes, Descriptor)> {
+        let converted = image
+            .layers()
+            .map(|(layer, _)| Some(Arc::clone(&layers.get(&layer.digest)?.layer)))
+            .collect::<Option<Vec<_>>>()
+            .context("a layer is missing")?;
+        let packed = pack(converted.clone(), self.options.clone(), &self.work_dir).await?;
+        let bootstrap =
+            manifest::bootstrap_layer(&image.manifest, packed.digest.clone(), packed.size);
+        self.send(&BlobSource::File(packed.file), &bootstrap, silent())
+            .await?;
+
+        // A blob is not compressed as a whole, so its digest is its diff_id too.
+        let mut diff_ids: Vec<_> = converted.iter().map(|layer| layer.digest.clone()).collect();
+        diff_ids.push(packed.diff_id);
+        let config = Bytes::from(image.config.converted(&diff_ids)?);
+        let mut list: Vec<_> = converted
+            .iter()
+            .map(|layer| manifest::blob_layer(layer.digest.clone(), layer.size))
+            .collect();
+        list.push(bootstrap);
+        let origin = (&image.entry.digest, name);
+        let manifest = manifest::manifest(&image.manifest, &config, list, origin);
+        self.send(&BlobSource::Bytes(config), &manifest.config, silent())
+            .await?;
+        let bytes = Bytes::from(serde_json::to_vec(&manifest)?);
+        let descriptor = Descriptor::of(manifest::media_type(&manifest), &bytes);
+        Ok((bytes, descriptor))
+    }
+}
+
+/// Merging and packing take time, so they get a thread.
+async fn pack(
+    layers: Vec<Arc<Converted>>,
+    options: BuildOptions,
+    work_dir: &Path,
+) -> anyhow::Result<bootstrap::Packed> {
+    let work_dir = work_dir.to_owned();
+    let work = tokio::task::spawn_blocking(move || {
+        let bytes = bootstrap::merged(&layers, &options)?;
+        bootstrap::pack(&bytes, &layers, &work_dir)
+    });
+    work.await.context("packing crashed")?
+}
+
+/// For small transfers that nobody watches.
+fn silent() -> storage::oci::Progress {
+    Arc::new(|_| ())
+}
