@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use rafs::Image;
+use rafs::image::BlobDigests;
 use storage::chunk::Encoding;
 use storage::codec::{decompress_into, zran};
 use storage::digest::ChunkDigests;
@@ -23,6 +24,9 @@ use storage::{BlobFeatures, BlobId, BlobIndex, BlobInfo, ChunkIndex, Digest};
 
 /// Opens the bootstrap at `path`, or the one inlined in the blob at `path`; in
 /// that case the blob's real name takes the place of the placeholder.
+///
+/// # Errors
+/// It is neither, or damaged.
 pub fn open(path: &Path) -> Result<Arc<Image>> {
     if let Ok(image) = Image::open(path) {
         return Ok(Arc::new(image));
@@ -78,15 +82,19 @@ fn parse_digest(hex: &str) -> Result<Digest> {
 }
 
 /// One blob of an image, in a directory of blobs.
+#[derive(Debug)]
 pub struct Blob {
     info: BlobInfo,
     table: ChunkTable,
     data: File,
-    digests: Box<dyn ChunkDigests>,
+    digests: BlobDigests,
 }
 
 impl Blob {
     /// Opens blob `index` of `image`: its data, and its chunk table wherever it is.
+    ///
+    /// # Errors
+    /// A file is missing, or the chunk table is not valid.
     pub fn open(image: &Arc<Image>, index: BlobIndex, dir: &Path) -> Result<Self> {
         let info = image
             .blobs()
@@ -107,7 +115,7 @@ impl Blob {
             usize::try_from(range.end - range.start)?,
         )?;
         let table = stored_table::open(&info, &stored).context("chunk table")?;
-        let digests = Box::new(image.digests(index));
+        let digests = image.digests(index);
         Ok(Self {
             info,
             table,
@@ -117,17 +125,24 @@ impl Blob {
     }
 
     /// The row of the blob table.
+    #[must_use]
     pub fn info(&self) -> &BlobInfo {
         &self.info
     }
 
     /// Where chunk `index` starts in the uncompressed address space.
+    ///
+    /// # Errors
+    /// There is no such chunk, or its entry is not valid.
     pub fn plain_offset(&self, index: ChunkIndex) -> Result<u64> {
         Ok(self.table.chunk(index)?.plain_offset)
     }
 
     /// The whole uncompressed address space, every chunk checked against its
     /// digest (where the image has one for it) and its CRC.
+    ///
+    /// # Errors
+    /// The first chunk that cannot be read or is not what the image says.
     pub fn plain(&self) -> Result<Vec<u8>> {
         let mut space = vec![0; usize::try_from(self.info.uncompressed_size)?];
         for index in 0..self.table.len() {
@@ -141,6 +156,9 @@ impl Blob {
     }
 
     /// Writes [`Blob::plain`] to a new file at `to`.
+    ///
+    /// # Errors
+    /// As for [`Blob::plain`]; or the file cannot be written.
     pub fn expand(&self, to: &Path) -> Result<()> {
         std::fs::write(to, self.plain()?).with_context(|| to.display().to_string())
     }
@@ -184,7 +202,7 @@ impl Blob {
             );
         }
         if let Some(crc) = chunk.crc32c {
-            ensure!(storage_crc(&bytes) == crc, "wrong CRC");
+            ensure!(crc32c(&bytes) == crc, "wrong CRC");
         }
         Ok(bytes)
     }
@@ -202,7 +220,7 @@ impl Blob {
 }
 
 /// CRC-32C (Castagnoli), bit by bit: the table's own arithmetic is under test.
-fn storage_crc(bytes: &[u8]) -> u32 {
+fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc: u32, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |c, _| {
             (c >> 1) ^ (0x82f6_3b78 & (c & 1).wrapping_neg())

@@ -15,6 +15,7 @@ pub mod compare;
 pub mod describe;
 #[path = "../../support/expand.rs"]
 pub mod expand;
+#[path = "../../support/matrix.rs"]
 pub mod matrix;
 pub mod nasty;
 pub mod ours;

@@ -17,31 +17,11 @@ pub fn create(source: &Path, options: &Options, out: &Path) -> Result<Built> {
     std::fs::create_dir_all(&blob_dir)?;
     let boot = out.join("boot");
     let mut command = command()?;
-    command.args([
-        "create",
-        "--log-level",
-        "warn",
-        "--type",
-        options.source.name(),
-    ]);
-    command.args([
-        "--whiteout-spec",
-        "none",
-        "--chunk-size",
-        &format!("{:#x}", options.chunk_size),
-    ]);
-    if options.source != Source::TargzRef {
-        command.args(["--compressor", options.compressor.name()]);
-        command.args(["--digester", options.digester.name()]);
-        command.args(["--batch-size", &format!("{:#x}", options.batch_size)]);
-    }
-    if options.blob_toc {
-        command.args(["--features", "blob-toc"]);
-    }
+    command
+        .args(["create", "--log-level", "warn"])
+        .args(options.arguments());
     command.arg("--blob-dir").arg(&blob_dir);
-    if options.inline_meta {
-        command.arg("--blob-inline-meta");
-    } else {
+    if !options.inline_meta {
         command.arg("--bootstrap").arg(&boot);
     }
     run(command.arg(source))?;

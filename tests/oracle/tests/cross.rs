@@ -5,7 +5,7 @@
 //! every pair of values.
 //!
 //! What our programs refuse on purpose is expected to be refused, with the
-//! message given in [`refused_by_create`] and [`refused_by_check`]: support that
+//! message given in [`Options::refused_by_create`] and [`refused_by_check`]: support that
 //! arrives makes these tests fail until its line is removed.
 
 use std::path::Path;
@@ -21,7 +21,7 @@ use oracle::{build, compare, ours, program, read};
 fn their_reader_accepts_our_images() -> Result<()> {
     each(|sources, options, out| {
         let created = program::create(sources.path(options.source), options, out);
-        if let Some(built) = expect(created, refused_by_create(options)).context("create")? {
+        if let Some(built) = expect(created, options.refused_by_create()).context("create")? {
             read_both(sources, options, &built)?;
         }
         Ok(())
@@ -37,10 +37,6 @@ fn our_reader_accepts_their_images() -> Result<()> {
         expect(program::check(&built), refused_by_check(options)).context("check")?;
         Ok(())
     })
-}
-
-fn refused_by_create(options: &Options) -> Option<&'static str> {
-    (options.source == Source::TargzRef).then_some("not supported: targz-ref")
 }
 
 fn refused_by_check(options: &Options) -> Option<&'static str> {

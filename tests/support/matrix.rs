@@ -6,6 +6,8 @@
 //! with more time asks for [`all`]. Values that do not go together (a batch
 //! larger than a chunk, a compressor for a layer that stays gzip) are left out
 //! by [`Options::is_legal`]. The order never changes from run to run.
+//!
+//! This file depends on nothing, so that test crates of other workspaces include it.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -25,6 +27,7 @@ pub enum Compressor {
 
 impl Compressor {
     /// As command lines spell it.
+    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -46,6 +49,7 @@ pub enum Digester {
 
 impl Digester {
     /// As command lines spell it.
+    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Blake3 => "blake3",
@@ -69,6 +73,7 @@ pub enum Source {
 
 impl Source {
     /// As command lines spell it.
+    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Dir => "dir-rafs",
@@ -123,6 +128,7 @@ impl fmt::Display for Options {
 
 impl Options {
     /// Do these values go together?
+    #[must_use]
     pub fn is_legal(&self) -> bool {
         let is_ref = self.source == Source::TargzRef;
         let forced = self.compressor == Compressor::Gzip
@@ -131,6 +137,34 @@ impl Options {
         self.batch_size <= self.chunk_size
             && is_ref == (self.compressor == Compressor::Gzip)
             && (!is_ref || forced)
+    }
+
+    /// The words of a `nydus-image create` command line, without source and output.
+    /// Whiteouts are kept: they are names like any other here.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<String> {
+        let mut words = vec!["--type".into(), self.source.name().into()];
+        words.extend(["--whiteout-spec".into(), "none".into()]);
+        words.extend(["--chunk-size".into(), format!("{:#x}", self.chunk_size)]);
+        if self.source != Source::TargzRef {
+            words.extend(["--compressor".into(), self.compressor.name().into()]);
+            words.extend(["--digester".into(), self.digester.name().into()]);
+            words.extend(["--batch-size".into(), format!("{:#x}", self.batch_size)]);
+        }
+        if self.blob_toc {
+            words.extend(["--features".into(), "blob-toc".into()]);
+        }
+        if self.inline_meta {
+            words.push("--blob-inline-meta".into());
+        }
+        words
+    }
+
+    /// What `nydus-image create` says when it refuses this set on purpose. Tests
+    /// expect the refusal, so support that arrives is noticed.
+    #[must_use]
+    pub fn refused_by_create(&self) -> Option<&'static str> {
+        (self.source == Source::TargzRef).then_some("not supported: targz-ref")
     }
 
     /// The values as small numbers, one per option, for counting pairs.
@@ -153,6 +187,7 @@ impl Options {
 }
 
 /// Every legal combination.
+#[must_use]
 pub fn all() -> Vec<Options> {
     let mut out = Vec::new();
     for source in [Source::Dir, Source::Tar, Source::Targz, Source::TargzRef] {
@@ -189,6 +224,7 @@ pub fn all() -> Vec<Options> {
 
 /// A small list in which every pair of values that is legal at all occurs:
 /// greedily the combination that adds most new pairs, the earliest on a tie.
+#[must_use]
 pub fn pairwise() -> Vec<Options> {
     let all = all();
     let mut missing: BTreeSet<_> = all.iter().flat_map(Options::pairs).collect();
