@@ -202,7 +202,7 @@ impl Blob {
             );
         }
         if let Some(crc) = chunk.crc32c {
-            ensure!(crc32c(&bytes) == crc, "wrong CRC");
+            ensure!(crc32c::crc32c(&bytes) == crc, "wrong CRC");
         }
         Ok(bytes)
     }
@@ -217,15 +217,6 @@ impl Blob {
         decompress_into(self.info.compressor, &stored, &mut plain)?;
         Ok(plain)
     }
-}
-
-/// CRC-32C (Castagnoli), bit by bit: the table's own arithmetic is under test.
-fn crc32c(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0, |crc: u32, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |c, _| {
-            (c >> 1) ^ (0x82f6_3b78 & (c & 1).wrapping_neg())
-        })
-    })
 }
 
 fn cut(unit: &[u8], within: u32, size: usize) -> Result<Vec<u8>> {
