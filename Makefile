@@ -12,10 +12,10 @@ install: ## Install Debian packages and Rust, if missing (as root)
 	@misc/install.sh
 
 build: install ## Build nydusd and nydus-image, optimised, into target/release
-	cargo build --release --locked -p nydusd -p nydus-image
+	cargo build --release --locked -p nydusd -p nydus-image -p e2e
 
 demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for your own
-	cargo run --release --locked --quiet -p e2e --bin demo -- $(if $(IMAGE),'$(IMAGE)')
+	NYDUS_BIN_DIR=target/release target/release/demo $(if $(IMAGE),'$(IMAGE)')
 
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh

@@ -26,4 +26,7 @@ stage format cargo fmt --all --check
 stage lint cargo clippy --locked --workspace --all-targets -- -D warnings
 stage docs env RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 stage build cargo build --locked --workspace --all-targets
+# The programs just built: without this, the end-to-end tests would build them once more,
+# with the features of these two packages alone.
+export NYDUS_BIN_DIR=$PWD/target/debug
 stage test cargo test --locked --workspace

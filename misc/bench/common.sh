@@ -8,8 +8,8 @@ BIN=${BIN:-target/release}
 TREE=${TREE:-out/demo/root} # any directory; made if it is the default
 
 [ -x "$BIN/nydus-image" ] && [ -x "$BIN/nydusd" ] ||
-  cargo build --release --locked -p nydusd -p nydus-image
-[ -d "$TREE" ] || cargo run --release --locked --quiet -p e2e --bin demo -- --only-image
+  cargo build --release --locked -p nydusd -p nydus-image -p e2e
+[ -d "$TREE" ] || NYDUS_BIN_DIR=$BIN "$BIN/demo" --only-image
 
 mkdir -p out
 scratch=$(mktemp -d -p out bench.XXXXXX)

@@ -131,6 +131,7 @@ impl Loader<'_> {
             attr: inode.attr(),
             xattrs: xattrs(self.image, nid)?,
             content,
+            implied: false,
         });
         self.inodes.insert(nid, id);
         Ok(id)

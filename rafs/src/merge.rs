@@ -37,7 +37,8 @@ pub enum WhiteoutSpec {
 
 /// Puts the layer `upper` on `lower`.
 ///
-/// The upper root replaces the attributes of the lower root. Names are hard
+/// The upper root replaces the attributes of the lower root, and an upper
+/// directory those of a lower one, unless it is [implied](Inode::implied). Names are hard
 /// links of each other only if they come from the same layer. Blobs of equal
 /// id become one. Takes time in proportion to the upper layer.
 ///
@@ -251,6 +252,9 @@ impl Merge<'_> {
         if self.take_opaque(upper) {
             self.clear(lower);
         }
+        if self.tree.inode(upper).implied {
+            return;
+        }
         let (attr, xattrs) = {
             let upper = self.tree.inode_mut(upper);
             (upper.attr, take(&mut upper.xattrs))
@@ -258,6 +262,7 @@ impl Merge<'_> {
         let lower = self.tree.inode_mut(lower);
         lower.attr = attr;
         lower.xattrs = xattrs;
+        lower.implied = false;
     }
 
     /// Removes the overlayfs mark of an opaque directory; tells whether it was there.

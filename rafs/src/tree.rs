@@ -77,6 +77,10 @@ pub struct Inode {
     pub xattrs: Xattrs,
     /// Type and content.
     pub content: Content,
+    /// Whether this is a directory that exists only because its layer puts
+    /// something into it. Over a directory of a lower layer it changes nothing
+    /// but the entries. Bootstraps do not store this.
+    pub implied: bool,
 }
 
 /// A stored chunk: one record of a bootstrap's chunk table. Sizes are in bytes.
@@ -165,7 +169,16 @@ impl Inode {
             attr,
             xattrs: Xattrs::new(),
             content,
+            implied: false,
         }
+    }
+
+    /// A directory that its layer has no entry for, see [`Inode::implied`].
+    #[must_use]
+    pub const fn implied_directory(attr: Attr) -> Self {
+        let mut inode = Self::new(attr, Content::directory());
+        inode.implied = true;
+        inode
     }
 
     /// The entries, if it is a directory.

@@ -10,7 +10,7 @@ use common::{Entry, Flat, FlatContent, Node, build, flatten, node, options};
 use proptest::prelude::*;
 use rafs::Image;
 use rafs::merge::{WhiteoutSpec, apply};
-use rafs::tree::{Attr, Content, Tree};
+use rafs::tree::{Attr, Content, Inode, Tree};
 use rafs::writer::{BlobOrder, WriteOptions, write};
 
 const OPAQUE: &[u8] = b"trusted.overlay.opaque";
@@ -180,4 +180,44 @@ proptest! {
     fn plain_layers(layers in prop::collection::vec(layer(), 1..4)) {
         check(&layers, WhiteoutSpec::None);
     }
+}
+
+/// A directory that a layer only implies keeps what a lower layer says of it.
+#[test]
+fn an_implied_directory_changes_nothing_but_its_entries() {
+    let attr = |permissions| Attr {
+        permissions,
+        mtime: 77,
+        ..Attr::default()
+    };
+    let mut lower = Tree::new(attr(0o700));
+    let root = lower.root();
+    let known = lower
+        .insert(
+            root,
+            b"known",
+            Inode::new(attr(0o1777), Content::directory()),
+        )
+        .unwrap();
+    let default = Attr {
+        permissions: 0o755,
+        ..Attr::default()
+    };
+    let mut upper = Tree::new(default);
+    let upper_root = upper.root();
+    upper.inode_mut(upper_root).implied = true;
+    for dir in [&b"known"[..], b"new"] {
+        let dir = upper
+            .insert(upper_root, dir, Inode::implied_directory(default))
+            .unwrap();
+        upper
+            .insert(dir, b"fifo", Inode::new(attr(0o600), Content::Fifo))
+            .unwrap();
+    }
+    apply(&mut lower, upper, WhiteoutSpec::Oci).unwrap();
+    assert_eq!(lower.inode(root).attr, attr(0o700));
+    assert_eq!(lower.inode(known).attr, attr(0o1777));
+    assert!(lower.entry(known, b"fifo").is_some());
+    let new = lower.entry(root, b"new").unwrap();
+    assert_eq!(lower.inode(new).attr, default);
 }

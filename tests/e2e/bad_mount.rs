@@ -273,7 +273,7 @@ fn images_that_cannot_be_mounted() {
         ("/manifests/", Fault::Garble, "app"),
         ("/blobs/", Fault::Status(404, Vec::new()), "not found"),
         ("/blobs/", Fault::Garble, "sha256"),
-        ("/blobs/", Fault::CloseAfter(100), "sha256"),
+        ("/blobs/", Fault::CloseAfter(0), "sha256"),
     ] {
         let case = format!("{path} {fault:?}");
         stage.proxy.heal();

@@ -2,6 +2,7 @@
 //! layouts and stays what it was.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, lchown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,7 +15,7 @@ use support::process::Process;
 use support::proxy::{Fault, Proxy};
 use support::registry::{Auth, Registry};
 use support::tokens::TokenServer;
-use support::tree::nasty;
+use support::tree::{Detail, describe, nasty};
 
 use crate::merge::{layer_tars, three_states};
 use crate::scene::{Scene, assert_same_tree};
@@ -209,6 +210,46 @@ fn layers_may_be_plain_tars() {
     succeed(&mut convert(&scene, &from, &to)).unwrap();
     let daemon = scene.mount_image(&to);
     assert_same_tree(&tree, daemon.point());
+    daemon.stop().unwrap();
+}
+
+/// Some tools write layers that have a file and not the directories around it.
+#[test]
+fn directories_that_a_layer_does_not_list_stay_as_they_are() {
+    let scene = Scene::new();
+    let tree = scene.dir("source");
+    fs::create_dir_all(tree.join("private/tmp")).unwrap();
+    fs::set_permissions(tree.join("private"), fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(tree.join("private/tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
+    lchown(tree.join("private"), Some(1000), Some(1000)).unwrap();
+    let lower = scene.path("lower.tar");
+    write_tree(&tree, &lower).unwrap();
+    let before = describe(&tree, Detail::All).unwrap();
+
+    fs::write(tree.join("private/tmp/file"), "x").unwrap();
+    let upper = scene.path("upper.tar");
+    let mut tar = Command::new("tar");
+    tar.arg("-cf")
+        .arg(&upper)
+        .arg("-C")
+        .arg(&tree)
+        .arg("private/tmp/file");
+    succeed(&mut tar).unwrap();
+
+    layout::write(
+        &scene.path("layout"),
+        "test",
+        &[Image::new(&[&lower, &upper])],
+    )
+    .unwrap();
+    let from = format!("oci:{}:test", scene.path("layout").display());
+    let to = format!("oci:{}:test", scene.path("target").display());
+    succeed(&mut convert(&scene, &from, &to)).unwrap();
+    let daemon = scene.mount_image(&to);
+    let mut after = describe(daemon.point(), Detail::All).unwrap();
+    let added = after.pop().unwrap();
+    assert!(added.contains("/private/tmp/file"), "{added}");
+    assert_eq!(after, before);
     daemon.stop().unwrap();
 }
 

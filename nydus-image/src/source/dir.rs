@@ -166,6 +166,7 @@ impl<'a> Walker<'a> {
                 attr: attributes(&metadata),
                 xattrs,
                 content,
+                implied: false,
             };
             let id = self
                 .tree

@@ -44,7 +44,7 @@ pub(super) fn scan(
 ) -> Result<Scanned, SourceError> {
     let mut archive = Archive::new(name, reader);
     let mut builder = Builder {
-        tree: Tree::new(IMPLIED_DIRECTORY),
+        tree: implied_root(),
         files: Vec::new(),
     };
     while let Some(entry) = archive.next_entry()? {
@@ -133,7 +133,7 @@ impl Builder {
                     ));
                 }
                 None => {
-                    let inode = Inode::new(IMPLIED_DIRECTORY, Content::directory());
+                    let inode = Inode::implied_directory(IMPLIED_DIRECTORY);
                     self.tree
                         .insert(dir, name, inode)
                         .map_err(Problem::refuse)?
@@ -225,6 +225,7 @@ impl Builder {
             attr: entry.attr,
             xattrs,
             content,
+            implied: false,
         };
         self.tree.insert(dir, name, inode).map_err(Problem::refuse)
     }
@@ -233,7 +234,15 @@ impl Builder {
         let inode = self.tree.inode_mut(id);
         inode.attr = entry.attr;
         inode.xattrs = std::mem::take(&mut entry.xattrs);
+        inode.implied = false;
     }
+}
+
+/// A tree whose root no entry has described yet.
+fn implied_root() -> Tree {
+    let mut tree = Tree::new(IMPLIED_DIRECTORY);
+    tree.inode_mut(tree.root()).implied = true;
+    tree
 }
 
 /// Why an entry cannot be taken.

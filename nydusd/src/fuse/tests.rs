@@ -22,6 +22,7 @@ fn add(tree: &mut Tree, dir: InodeId, name: &str, content: Content) -> InodeId {
         attr: attr(0o4751),
         xattrs: Default::default(),
         content,
+        implied: false,
     };
     tree.insert(dir, name.as_bytes(), inode).unwrap()
 }

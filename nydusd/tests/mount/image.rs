@@ -110,6 +110,7 @@ pub(crate) fn build_with(
             attr: attr(0o644),
             xattrs: [((*b"user.k").into(), (*b"v").into())].into(),
             content: Content::File { size, chunks },
+            implied: false,
         };
         tree.insert(dir, name.as_bytes(), inode).unwrap();
     }
@@ -121,6 +122,7 @@ pub(crate) fn build_with(
         attr: attr(0o777),
         xattrs: [].into(),
         content: Content::Symlink(target),
+        implied: false,
     };
     tree.insert(root, b"soft", link).unwrap();
 

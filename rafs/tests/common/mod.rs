@@ -142,6 +142,7 @@ pub(crate) fn build(blob: &str, root: Attr, nodes: &[(usize, Vec<u8>, Node)]) ->
                     attr: node.attr,
                     xattrs: node.xattrs.clone(),
                     content,
+                    implied: false,
                 },
             )
             .unwrap();

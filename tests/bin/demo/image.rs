@@ -18,8 +18,8 @@ use support::image::layout::{self, Image};
 /// Downloads may take their time on a slow line.
 const DEADLINE: Duration = Duration::from_secs(1800);
 
-/// State of the package manager that no image should carry.
-const LEFT_OUT: [&str; 2] = ["var/lib/apt/lists/", "var/cache/apt/"];
+/// Directories whose content, state of the package manager, no image should carry.
+const LEFT_OUT: [&str; 2] = ["var/lib/apt/lists", "var/cache/apt"];
 
 /// The name of the image inside its layout.
 pub(crate) const TAG: &str = "demo";
@@ -176,11 +176,10 @@ fn snapshot(directory: &Path, root: &Path) -> Result<PathBuf> {
 /// Writes the tar of what `root` adds to `lower`.
 fn layer(directory: &Path, lower: Option<&Path>, root: &Path) -> Result<PathBuf> {
     let mut changes = changes(lower, root)?;
-    let kept = |path: &std::ffi::OsString| {
-        !LEFT_OUT
-            .iter()
-            .any(|left_out| path.to_string_lossy().starts_with(left_out))
+    let left_out = |path: &PathBuf, directory: &str| {
+        path.starts_with(directory) && path.as_path() != Path::new(directory)
     };
+    let kept = |path: &PathBuf| !LEFT_OUT.iter().any(|directory| left_out(path, directory));
     changes.present.retain(kept);
     changes.removed.retain(kept);
     let name = if lower.is_none() { "base" } else { "layer" };

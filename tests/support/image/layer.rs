@@ -1,10 +1,10 @@
 //! One layer: what a tree adds to the tree below it, as a tar with OCI whiteouts.
 
-use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io::Write as _;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,13 +32,15 @@ impl Look {
     }
 }
 
-/// The entries of one layer, by path relative to the root, sorted.
+/// The entries of one layer, by path relative to the root, directories before what
+/// is in them.
 #[derive(Debug, Default)]
 pub struct Changes {
-    /// New or different.
-    pub present: Vec<OsString>,
+    /// New or different; and, as containerd does, every directory on the way to an
+    /// entry of the layer.
+    pub present: BTreeSet<PathBuf>,
     /// Gone; entries below a directory that is gone, or is none now, are not listed.
-    pub removed: Vec<OsString>,
+    pub removed: BTreeSet<PathBuf>,
 }
 
 /// Compares `upper` with the tree it grew from; everything is new without one.
@@ -51,23 +53,27 @@ pub fn changes(lower: Option<&Path>, upper: &Path) -> Result<Changes> {
     let mut changes = Changes::default();
     for (path, look) in &above {
         if below.get(path) != Some(look) {
-            changes.present.push(path.clone());
+            changes.present.insert(path.clone());
         }
     }
+    // Directory by directory: `tar -x` sets a directory's time when it leaves it, and
+    // in the order of bytes `a.b` comes between `a` and `a/c`.
+    changes
+        .present
+        .sort_by(|one, other| Path::new(one).cmp(Path::new(other)));
     for path in below.keys().filter(|path| !above.contains_key(*path)) {
-        let parent = Path::new(path)
+        if path
             .parent()
-            .map(Path::as_os_str)
-            .unwrap_or_default();
-        let parent = above.get(if parent.is_empty() {
-            OsStr::new(".")
-        } else {
-            parent
-        });
-        if parent.is_some_and(Look::is_directory) {
-            changes.removed.push(path.clone());
+            .and_then(|parent| above.get(parent))
+            .is_some_and(Look::is_directory)
+        {
+            changes.removed.insert(path.clone());
         }
     }
+    let listed = changes.present.iter().chain(&changes.removed);
+    let parents = listed.flat_map(|path| path.ancestors().skip(1));
+    let parents: Vec<PathBuf> = parents.map(Path::to_owned).collect();
+    changes.present.extend(parents);
     Ok(changes)
 }
 
@@ -79,9 +85,9 @@ pub fn write_tar(root: &Path, changes: &Changes, tar: &Path) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let whiteouts = scratch.path().join("whiteouts");
     fs::create_dir(&whiteouts)?;
-    let mut markers = Vec::new();
+    let mut markers = BTreeSet::new();
     for path in &changes.removed {
-        let marker = whiteout_of(Path::new(path));
+        let marker = whiteout_of(path);
         fs::create_dir_all(
             whiteouts
                 .join(&marker)
@@ -89,7 +95,7 @@ pub fn write_tar(root: &Path, changes: &Changes, tar: &Path) -> Result<()> {
                 .context("a marker has a parent")?,
         )?;
         File::create(whiteouts.join(&marker))?;
-        markers.push(marker.into_os_string());
+        markers.insert(marker);
     }
     let mut command = gnu_tar(tar);
     command.arg("--no-recursion").arg("--null");
@@ -135,47 +141,39 @@ fn whiteout_of(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-fn write_list(list: &Path, names: &[OsString]) -> Result<()> {
+fn write_list(list: &Path, names: &BTreeSet<PathBuf>) -> Result<()> {
     let mut file = File::create(list)?;
     for name in names {
-        file.write_all(name.as_bytes())?;
+        let name = if name.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            name
+        };
+        file.write_all(name.as_os_str().as_bytes())?;
         file.write_all(&[0])?;
     }
     Ok(())
 }
 
-/// `root` itself as `.`, and every entry below it, by path.
-fn looks(root: &Path) -> Result<BTreeMap<OsString, Look>> {
+/// `root` itself, as the empty path, and every entry below it.
+fn looks(root: &Path) -> Result<BTreeMap<PathBuf, Look>> {
+    let cannot_list = |directory: &Path| format!("cannot list {}", directory.display());
     let top = fs::symlink_metadata(root).with_context(|| cannot_list(root))?;
-    let mut found = BTreeMap::from([(OsString::from("."), look(root, &top)?)]);
+    let mut found = BTreeMap::from([(PathBuf::new(), look(root, &top)?)]);
     let mut pending = vec![PathBuf::new()];
     while let Some(relative) = pending.pop() {
         let directory = root.join(&relative);
         for entry in fs::read_dir(&directory).with_context(|| cannot_list(&directory))? {
             let entry = entry?;
-            let path = join(&relative, &entry.file_name());
+            let path = relative.join(entry.file_name());
             let meta = entry.metadata()?;
             if meta.is_dir() {
                 pending.push(path.clone());
             }
-            found.insert(path.into_os_string(), look(&entry.path(), &meta)?);
+            found.insert(path, look(&entry.path(), &meta)?);
         }
     }
     Ok(found)
-}
-
-fn cannot_list(directory: &Path) -> String {
-    format!("cannot list {}", directory.display())
-}
-
-/// `Path::join` without surprises: names are never absolute here.
-fn join(directory: &Path, name: &OsStr) -> PathBuf {
-    let mut bytes = directory.as_os_str().as_bytes().to_vec();
-    if !bytes.is_empty() {
-        bytes.push(b'/');
-    }
-    bytes.extend(name.as_bytes());
-    OsString::from_vec(bytes).into()
 }
 
 fn look(path: &Path, meta: &Metadata) -> Result<Look> {
@@ -208,24 +206,25 @@ mod tests {
         fs::write(lower.join("gone/deep/file"), "").unwrap();
         fs::create_dir(lower.join("turned")).unwrap();
         fs::write(lower.join("turned/file"), "").unwrap();
-        fs::write(lower.join("kept"), "same").unwrap();
-        fs::write(lower.join("grown"), "a").unwrap();
+        fs::write(lower.join("same"), "same").unwrap();
+        // Its parents are not changed, and listed all the same.
+        fs::create_dir_all(lower.join("kept/inner")).unwrap();
+        fs::write(lower.join("kept/inner/grown"), "a").unwrap();
         succeed(Command::new("cp").arg("-a").arg(&lower).arg(&upper)).unwrap();
         fs::remove_dir_all(upper.join("gone")).unwrap();
-        fs::write(upper.join("grown"), "ab").unwrap();
-        fs::write(upper.join("new"), "").unwrap();
+        fs::write(upper.join("kept/inner/grown"), "ab").unwrap();
         fs::remove_dir_all(upper.join("turned")).unwrap();
         fs::write(upper.join("turned"), "a file now").unwrap();
 
         let changes = changes(Some(&lower), &upper).unwrap();
-        assert_eq!(changes.present, [".", "grown", "new", "turned"]);
-        assert_eq!(changes.removed, ["gone"]);
-
         let tar = scratch.path().join("layer.tar");
         write_tar(&upper, &changes, &tar).unwrap();
         let listed = succeed(Command::new("tar").arg("-tf").arg(&tar))
             .unwrap()
             .stdout;
-        assert_eq!(listed, "./\ngrown\nnew\nturned\n.wh.gone\n");
+        assert_eq!(
+            listed,
+            "./\nkept/\nkept/inner/\nkept/inner/grown\nturned\n.wh.gone\n"
+        );
     }
 }
