@@ -55,10 +55,14 @@ impl Corpus {
     /// Bootstrap, chunk table and end of a layer built with `options`.
     fn layer(&self, name: &str, tar: &[u8], options: &BuildOptions) -> Result<()> {
         let reader = Box::new(Cursor::new(tar.to_vec()));
-        let source = Source::Tar { name: name.into(), reader };
+        let source = Source::Tar {
+            name: name.into(),
+            reader,
+        };
         let mut blob = Vec::new();
         let layer = build_layer(&Engine::new(1, 64 << 20), source, options, &mut blob)?;
         let bootstrap = writer::write(&layer.tree, &options.write_options(&layer.tree))?;
+        Image::from_bytes(bootstrap.clone())?.verify_tree()?;
         self.put("bootstrap", name, &bootstrap)?;
         self.blob(name, &blob)?;
         let info = layer.blob.info.context("the layer has data")?;
@@ -69,7 +73,11 @@ impl Corpus {
         let range = stored_table::stored_range(info)?;
         let range = usize::try_from(range.start)?..usize::try_from(range.end)?;
         let stored = file.get(range).context("no table in the file")?;
-        self.put("blob_meta", name, &fuzz::encode_table_input(info, stored))
+        let input = fuzz::encode_table_input(info, stored);
+        // A seed that the target gives up on at once would teach it nothing.
+        let (info, stored) = fuzz::decode_table_input(&input).context("an input too short")?;
+        stored_table::open(&info, stored).with_context(|| format!("table of {name}"))?;
+        self.put("blob_meta", name, &input)
     }
 
     /// The end of a blob file, and its last tar header alone.
@@ -85,7 +93,10 @@ impl Corpus {
         for folder in files(root)?.into_iter().filter(|p| p.is_dir()) {
             let folder_name = name_of(&folder);
             for path in files(&folder)? {
-                let name = format!("{folder_name}-{}", &name_of(&path)[..name_of(&path).len().min(8)]);
+                let name = format!(
+                    "{folder_name}-{}",
+                    &name_of(&path)[..name_of(&path).len().min(8)]
+                );
                 let bytes = fs::read(&path)?;
                 if path.extension().is_some_and(|e| e == "tar") {
                     self.put("tar_source", &name, &[&[0], bytes.as_slice()].concat())?;
@@ -105,7 +116,11 @@ impl Corpus {
         for (index, info) in image.blobs().iter().enumerate() {
             let separate = info.features.contains(BlobFeatures::SEPARATE);
             let id = info.id.to_string();
-            let file = if separate { info.meta_blob_digest.to_string() } else { id };
+            let file = if separate {
+                info.meta_blob_digest.to_string()
+            } else {
+                id
+            };
             let file = fs::read(folder.join(file)).context("blob of a stored image")?;
             self.table(&format!("{name}-{index}"), info, &file)?;
         }
@@ -132,19 +147,56 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn name_of(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// One of each kind of blob that our builder writes.
 fn variants() -> [(&'static str, BuildOptions); 6] {
-    let base = BuildOptions { chunk_size: 0x1000, ..BuildOptions::default() };
+    let base = BuildOptions {
+        chunk_size: 0x1000,
+        ..BuildOptions::default()
+    };
     [
         ("plain", base.clone()),
-        ("lz4", BuildOptions { compressor: Compressor::Lz4, ..base.clone() }),
-        ("raw", BuildOptions { compressor: Compressor::None, ..base.clone() }),
-        ("batch", BuildOptions { batch_size: 0x1000, ..base.clone() }),
-        ("toc", BuildOptions { blob_toc: true, ..base.clone() }),
-        ("inline", BuildOptions { inline_bootstrap: true, blob_toc: true, ..base }),
+        (
+            "lz4",
+            BuildOptions {
+                compressor: Compressor::Lz4,
+                ..base.clone()
+            },
+        ),
+        (
+            "raw",
+            BuildOptions {
+                compressor: Compressor::None,
+                ..base.clone()
+            },
+        ),
+        (
+            "batch",
+            BuildOptions {
+                batch_size: 0x1000,
+                ..base.clone()
+            },
+        ),
+        (
+            "toc",
+            BuildOptions {
+                blob_toc: true,
+                ..base.clone()
+            },
+        ),
+        (
+            "inline",
+            BuildOptions {
+                inline_bootstrap: true,
+                blob_toc: true,
+                ..base
+            },
+        ),
     ]
 }
 
@@ -154,7 +206,10 @@ fn layer() -> Result<Vec<u8>> {
     entry(&mut tar, "dir/", EntryType::Directory, None, b"")?;
     entry(&mut tar, "dir/small", EntryType::Regular, None, b"small")?;
     entry(&mut tar, "dir/again", EntryType::Regular, None, b"small")?;
-    let large: Vec<u8> = (0..9000_u32).flat_map(|n| n.to_le_bytes()).take(10_000).collect();
+    let large: Vec<u8> = (0..9000_u32)
+        .flat_map(|n| n.to_le_bytes())
+        .take(10_000)
+        .collect();
     entry(&mut tar, "large", EntryType::Regular, None, &large)?;
     entry(&mut tar, "hard", EntryType::Link, Some("large"), b"")?;
     entry(&mut tar, "sym", EntryType::Symlink, Some("dir/small"), b"")?;
@@ -165,8 +220,11 @@ fn layer() -> Result<Vec<u8>> {
     // Over 100 bytes: a GNU long name.
     let long = format!("{}/file", "long".repeat(40));
     entry(&mut tar, &long, EntryType::Regular, None, b"long")?;
-    let records: [(&str, &[u8]); 3] =
-        [("SCHILY.xattr.user.a", b"\0value"), ("mtime", b"1700000000.5"), ("uid", b"100000")];
+    let records: [(&str, &[u8]); 3] = [
+        ("SCHILY.xattr.user.a", b"\0value"),
+        ("mtime", b"1700000000.5"),
+        ("uid", b"100000"),
+    ];
     tar.append_pax_extensions(records)?;
     entry(&mut tar, "pax", EntryType::Regular, None, b"pax")?;
     Ok(tar.into_inner()?)

@@ -32,7 +32,10 @@ fuzz_target!(|data: &[u8]| {
         assert!(range.end <= info.uncompressed_size && !range.is_empty());
         assert!(chunk.plain_size <= info.chunk_size);
         let covering = table.covering(range).expect("the order was checked");
-        assert!(covering.contains(&number), "chunk {number} is not in {covering:?}");
+        assert!(
+            covering.contains(&number),
+            "chunk {number} is not in {covering:?}"
+        );
         if number < DECODED {
             decode(&table, &info, &chunk, stored);
         }
@@ -46,7 +49,10 @@ fuzz_target!(|data: &[u8]| {
 
 fn decode(table: &ChunkTable, info: &BlobInfo, chunk: &Chunk, data: &[u8]) {
     let within = |start: u32, size: u32, unit: u32| {
-        assert!(start.checked_add(size).is_some_and(|end| end <= unit), "leaves its unit");
+        assert!(
+            start.checked_add(size).is_some_and(|end| end <= unit),
+            "leaves its unit"
+        );
     };
     match chunk.encoding {
         Encoding::Raw { .. } => {}
@@ -54,15 +60,26 @@ fn decode(table: &ChunkTable, info: &BlobInfo, chunk: &Chunk, data: &[u8]) {
             let mut plain = vec![0; chunk.plain_size as usize];
             let _ = decompress_into(info.compressor, part(data, offset, size), &mut plain);
         }
-        Encoding::Batch { offset, context, within: start } => {
-            let Ok(batch) = table.batch_context(context) else { return };
+        Encoding::Batch {
+            offset,
+            context,
+            within: start,
+        } => {
+            let Ok(batch) = table.batch_context(context) else {
+                return;
+            };
             within(start, chunk.plain_size, batch.uncompressed_size);
             let mut plain = vec![0; batch.uncompressed_size as usize];
             let stored = part(data, offset, batch.compressed_size);
             let _ = decompress_into(info.compressor, stored, &mut plain);
         }
-        Encoding::Zran { context, within: start } => {
-            let Ok(context) = table.zran_context(context) else { return };
+        Encoding::Zran {
+            context,
+            within: start,
+        } => {
+            let Ok(context) = table.zran_context(context) else {
+                return;
+            };
             within(start, chunk.plain_size, context.output_size);
             let input = context.input.end - context.input.start;
             let size = u32::try_from(input).unwrap_or(u32::MAX);

@@ -76,7 +76,11 @@ fn list(image: &Image, dir: Nid, pending: &mut Vec<Nid>) -> Result<(), rafs::Err
     let mut names = Vec::new();
     image.readdir(dir, 0, |entry| {
         names.push((entry.name.to_vec(), entry.nid, entry.next));
-        if names.len() < VISITS { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if names.len() < VISITS {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
     })?;
     for (name, nid, cookie) in &names {
         image.lookup(dir, name)?;

@@ -29,7 +29,10 @@ fuzz_target!(|data: &[u8]| {
     let image = Image::from_bytes(first.clone()).expect("own bootstrap");
     image.verify_tree().expect("own bootstrap");
     if selector & 16 != 0 {
-        assert!(Some(first) == build(tar, &options), "a second build differs");
+        assert!(
+            Some(first) == build(tar, &options),
+            "a second build differs"
+        );
     }
 });
 
@@ -37,7 +40,10 @@ fn build(tar: &[u8], options: &BuildOptions) -> Option<Vec<u8>> {
     static ENGINE: OnceLock<Engine> = OnceLock::new();
     let engine = ENGINE.get_or_init(|| Engine::new(1, 64 << 20));
     let reader = Box::new(Cursor::new(tar.to_vec()));
-    let source = Source::Tar { name: "input".into(), reader };
+    let source = Source::Tar {
+        name: "input".into(),
+        reader,
+    };
     let layer = build_layer(engine, source, options, io::sink()).ok()?;
     // Limits of the format (names, sizes) may refuse the tree; that is no finding.
     writer::write(&layer.tree, &options.write_options(&layer.tree)).ok()

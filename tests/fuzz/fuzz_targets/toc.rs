@@ -40,7 +40,9 @@ fn use_toc(toc: &Toc, file: &[u8]) {
             assert_eq!(u64::try_from(plain.len()), Ok(entry.plain_size));
             assert!(entry.plain_size <= LIMIT);
         }
-        let first = toc.entry(&entry.name).expect("an entry is found by its name");
+        let first = toc
+            .entry(&entry.name)
+            .expect("an entry is found by its name");
         assert_eq!(first.name, entry.name);
     }
     if let Ok(bytes) = toc.encode() {
