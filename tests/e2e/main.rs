@@ -5,7 +5,7 @@
 //!
 //! - [`scene`]: what a test stands on: a directory, builds, mounts
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
-//! - [`kernel`]: the kernel's own EROFS agrees
+//! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`lifecycle`]: daemons end cleanly, however they are told
@@ -24,6 +24,7 @@ mod create;
 mod fixtures;
 mod help;
 mod kernel;
+mod kernel_matrix;
 mod lifecycle;
 mod merge;
 mod scene;

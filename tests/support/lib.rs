@@ -9,6 +9,7 @@
 //! - [`tree`]: describe a directory tree, and make a nasty one
 //! - [`image`]: layers and OCI layouts from trees
 //! - [`fixtures`]: images that Nydus v2.4 wrote
+//! - [`matrix`], [`expand`]: option sets to build with, and blobs laid out for the kernel
 //!
 //! Promises: everything that is started is owned by a value that stops it when
 //! dropped, by process id; every wait has a deadline; a missing tool is an error
@@ -16,8 +17,10 @@
 
 pub mod binaries;
 pub mod command;
+pub mod expand;
 pub mod fixtures;
 pub mod image;
+pub mod matrix;
 pub mod mount;
 pub mod process;
 pub mod proxy;
