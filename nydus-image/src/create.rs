@@ -40,8 +40,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let source = open_source(&args)?;
     let mut blob = open_blob(&args)?;
     let engine = Engine::for_this_machine();
-    let mut layer = build_layer(&engine, source, &options, &mut blob)
-        .with_context(|| format!("cannot build a layer from {}", args.source.display()))?;
+    let mut layer = build_layer(&engine, source, &options, &mut blob).with_context(|| {
+        let target = args.blob.as_ref().or(args.blob_dir.as_ref());
+        let target = target.map_or_else(String::new, |path| format!(" into {}", path.display()));
+        format!(
+            "cannot build a layer from {}{target}",
+            args.source.display()
+        )
+    })?;
     if let (Some(id), Some(info)) = (&args.blob_id, layer.tree.blobs.first_mut()) {
         info.id = BlobId::new(id)?;
     }

@@ -72,6 +72,8 @@ fn golden_tree(root: &Path) {
     for name in ["c", "d/e", "d", "f", "l", "p", "x", ""] {
         set_time(&at(name), 1_700_000_000, 123);
     }
+    // The builder that made the golden image stores no time for the root.
+    set_time(root, 0, 0);
 }
 
 #[test]

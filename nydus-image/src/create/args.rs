@@ -177,7 +177,7 @@ pub struct Args {
     #[arg(long, help_heading = "Format")]
     pub aligned_chunk: bool,
 
-    /// Do not store owners, so that builds by different users are equal
+    /// Store neither owners nor the time of the root, so that builds elsewhere are equal
     #[arg(long, help_heading = "Format")]
     pub repeatable: bool,
 

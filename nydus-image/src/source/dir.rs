@@ -120,13 +120,12 @@ impl<'a> Walker<'a> {
                 source,
             });
         }
-        // The time of the root changes whenever a tree is copied or unpacked, so
-        // it is not part of the image.
-        let attr = Attr {
-            mtime: 0,
-            mtime_nsec: 0,
-            ..attributes(&metadata)
-        };
+        let mut attr = attributes(&metadata);
+        if !options.explicit_uid_gid {
+            // The time of the root changes whenever a tree is copied or unpacked, so a
+            // repeatable image does not have it.
+            (attr.mtime, attr.mtime_nsec) = (0, 0);
+        }
         let mut walker = Self {
             options,
             tree: Tree::new(attr),

@@ -226,8 +226,7 @@ fn node(image: &Image, nid: Nid, chunks: &HashMap<ChunkIndex, (u64, Vec<u8>)>) -
     }
 }
 
-/// Reads a directory with the standard library only. The time of the root is 0, as
-/// in an image.
+/// Reads a directory with the standard library only.
 pub fn list_directory(root: &Path) -> Listing {
     let mut listing = Listing::new();
     let mut names: HashMap<(u64, u64), Vec<Vec<u8>>> = HashMap::new();
@@ -235,9 +234,6 @@ pub fn list_directory(root: &Path) -> Listing {
     while let Some((name, path)) = pending.pop() {
         let metadata = path.symlink_metadata().unwrap();
         let mut node = disk_node(&path, &metadata);
-        if name.is_empty() {
-            node.mtime = (0, 0);
-        }
         if metadata.is_dir() {
             for entry in path.read_dir().unwrap() {
                 let entry = entry.unwrap();
