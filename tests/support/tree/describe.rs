@@ -18,6 +18,9 @@ use std::io::Read as _;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use anyhow::{Context as _, Result};
 use nix::sys::stat::{major, minor};
@@ -43,11 +46,47 @@ pub fn describe(root: &Path, detail: Detail) -> Result<Vec<String>> {
     let mut names = vec![Vec::new()];
     list(root, &mut names)?;
     names.sort();
+    let digests = digests(root, &names);
     let mut first_path = HashMap::new();
-    names
-        .iter()
-        .map(|name| line(root, name, &mut first_path, detail))
+    let lines = names.iter().zip(digests);
+    lines
+        .map(|(name, digest)| line(root, name, digest, &mut first_path, detail))
         .collect()
+}
+
+/// The digest of every regular file, by several readers at once: where each read
+/// waits for a registry, one reader would spend its time waiting.
+fn digests(root: &Path, names: &[Vec<u8>]) -> Vec<Option<Result<String>>> {
+    const READERS: usize = 8;
+    let next = AtomicUsize::new(0);
+    let digests: Vec<_> = names.iter().map(|_| OnceLock::new()).collect();
+    let read = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let (Some(name), Some(digest)) = (names.get(index), digests.get(index)) else {
+                return;
+            };
+            let path = path_of(root, name);
+            if path.symlink_metadata().is_ok_and(|meta| meta.is_file()) {
+                digest.get_or_init(|| sha256(&path));
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..READERS {
+            scope.spawn(read);
+        }
+    });
+    digests.into_iter().map(OnceLock::into_inner).collect()
+}
+
+/// The path of an entry; of `root` itself for the empty name.
+fn path_of(root: &Path, name: &[u8]) -> PathBuf {
+    if name.is_empty() {
+        root.to_owned()
+    } else {
+        root.join(OsStr::from_bytes(name))
+    }
 }
 
 /// What differs between two descriptions, as `-` and `+` lines; `None` if nothing.
@@ -106,15 +145,11 @@ fn list(root: &Path, names: &mut Vec<Vec<u8>>) -> Result<()> {
 fn line(
     root: &Path,
     name: &[u8],
+    digest: Option<Result<String>>,
     first_path: &mut HashMap<(u64, u64), Vec<u8>>,
     detail: Detail,
 ) -> Result<String> {
-    let relative = Path::new(OsStr::from_bytes(name));
-    let path = if name.is_empty() {
-        root.to_owned()
-    } else {
-        root.join(relative)
-    };
+    let path = path_of(root, name);
     let meta = fs::symlink_metadata(&path).with_context(|| cannot("examine", &path))?;
     let kind = meta.file_type();
     let mut fields = vec![
@@ -142,7 +177,9 @@ fn line(
                 .or_insert_with(|| name.to_vec());
             fields.push(format!("\"same_as\": {}", quote(&absolute(first))));
         }
-        fields.push(format!("\"sha256\": \"{}\"", sha256(&path)?));
+        // A file that was none a moment ago is read now.
+        let digest = digest.unwrap_or_else(|| sha256(&path))?;
+        fields.push(format!("\"sha256\": \"{digest}\""));
         fields.push(format!("\"size\": {}", meta.size()));
     }
     if kind.is_symlink() {
