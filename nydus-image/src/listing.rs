@@ -1,5 +1,9 @@
-//! All names of an image in the order in which files are stored: the entries of a
-//! directory in name order, then its subdirectories one after the other.
+//! All names of an image: a directory, everything in it but directories in name
+//! order, then its subdirectories one after the other, each with all it contains.
+//!
+//! That is the order in which the data of files is stored. And nothing else comes
+//! between a directory and what is in it, which tools that unpack archives rely on:
+//! when they leave a directory they set its time.
 
 use std::ops::ControlFlow;
 
@@ -33,20 +37,24 @@ pub fn walk<E: From<rafs::Error>>(
     image: &Image,
     mut each: impl FnMut(Name) -> Result<(), E>,
 ) -> Result<(), E> {
-    each(Name {
+    let mut pending = vec![Name {
         path: b"/".to_vec(),
         inode: image.inode(image.root())?,
-    })?;
-    let mut pending = vec![(Vec::new(), image.root())];
-    while let Some((path, dir)) = pending.pop() {
+    }];
+    while let Some(dir) = pending.pop() {
+        let nid = dir.inode.nid();
+        let above = dir.path.strip_suffix(b"/").unwrap_or(&dir.path).to_vec();
+        each(dir)?;
         let mut subdirectories = Vec::new();
-        for (name, nid) in entries(image, dir)? {
-            let path = [&path[..], b"/", name].concat();
-            let inode = image.inode(nid)?;
-            if inode.kind() == FileKind::Directory {
-                subdirectories.push((path.clone(), nid));
+        for (name, nid) in entries(image, nid)? {
+            let name = Name {
+                path: [&above[..], b"/", name].concat(),
+                inode: image.inode(nid)?,
+            };
+            match name.inode.kind() {
+                FileKind::Directory => subdirectories.push(name),
+                _ => each(name)?,
             }
-            each(Name { path, inode })?;
         }
         pending.extend(subdirectories.into_iter().rev());
     }
