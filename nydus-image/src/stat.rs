@@ -20,9 +20,9 @@ mod report;
 
 /// Report what images hold, and what a chunk dictionary would save
 ///
-/// The images together are the base. Reported is how many chunks occur in several
-/// of them: a chunk dictionary would store those once. With --target, how much of
-/// that image is in the base already.
+/// The images together are the base. Reported is how many chunks are stored by
+/// several of their blobs: a chunk dictionary would store those once. With --target,
+/// how much of that image is in the base already.
 ///
 /// Examples:
 ///

@@ -304,6 +304,10 @@ fn stat_tells_what_images_share() {
     std::fs::copy(place.path("image.boot"), place.path("blobs/one")).unwrap();
     std::fs::copy(place.path("other.boot"), place.path("blobs/two")).unwrap();
     assert_eq!(place.ok("stat --blob-dir blobs"), text);
+    // The same blob is no second copy.
+    std::fs::copy(place.path("image.boot"), place.path("again.boot")).unwrap();
+    let text = place.ok("stat image.boot again.boot");
+    assert!(text.contains("would save 0 B of"), "{text}");
     place.fails("stat", 2);
     place.fails("stat --blob-dir tree", 1);
     place.fails("stat tree/hello", 1);

@@ -1,15 +1,15 @@
 //! Counting the names, files and chunks of images, and which chunks they share.
 //!
-//! Two chunks are the same if digest algorithm, digest and length are. An image
-//! stores each of its chunks once already; what is counted here is what several
-//! images have in common.
+//! Two chunks are the same if digest algorithm, digest and length are. A blob stores
+//! each of its chunks once, and images that use the same blob share it already: what
+//! a dictionary could save are chunks that several blobs store.
 
 use std::collections::HashMap;
 use std::collections::HashSet;
 
 use rafs::{FileKind, Image};
 use serde::Serialize;
-use storage::Digester;
+use storage::{BlobId, BlobIndex, BlobInfo, Digester};
 
 use crate::inspect::summary::stored_size;
 use crate::listing;
@@ -29,7 +29,7 @@ pub struct Counts {
     pub files: u64,
     /// Symbolic links.
     pub symlinks: u64,
-    /// Chunks; each image has its own once.
+    /// Chunks, for each blob that stores them.
     pub chunks: u64,
     /// Lengths of all files.
     pub file_size: u64,
@@ -51,13 +51,13 @@ pub struct Counts {
     pub dedup_comp_size: u64,
     /// Their uncompressed bytes.
     pub dedup_uncomp_size: u64,
-    /// Chunks that no other image has.
+    /// Base: chunks that one blob stores. Target: chunks that the base has not.
     pub own_chunks: u64,
     /// Their stored bytes.
     pub own_comp_size: u64,
     /// Their uncompressed bytes.
     pub own_uncomp_size: u64,
-    /// Base: different chunks that several images have. Target: chunks that the
+    /// Base: different chunks that several blobs store. Target: chunks that the
     /// base has.
     pub ref_chunks: u64,
     /// Their stored bytes.
@@ -101,13 +101,13 @@ struct Key {
 }
 
 /// A chunk of the base.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Known {
-    /// Stored length in the image that was read first.
+    /// Stored length in the blob that was met first.
     stored: u64,
-    /// Images that have it.
-    images: u64,
-    /// Stored bytes of all images together.
+    /// Blobs that store it, by number; few.
+    blobs: Vec<u32>,
+    /// Stored bytes of all blobs together.
     stored_sum: u64,
 }
 
@@ -116,6 +116,10 @@ struct Known {
 pub struct Base {
     counts: Counts,
     chunks: HashMap<Key, Known>,
+    /// Numbers of the blobs met so far.
+    blobs: HashMap<BlobId, u32>,
+    /// Blobs met so far.
+    blob_count: u32,
 }
 
 impl Base {
@@ -127,17 +131,36 @@ impl Base {
     /// It is damaged.
     pub fn add(&mut self, image: &Image) -> Result<(), rafs::Error> {
         names(image, &mut self.counts)?;
+        let numbers = self.number(image);
         let (counts, chunks) = (&mut self.counts, &mut self.chunks);
-        each_chunk(image, |key, stored| {
-            counts.chunk(key.size, stored);
+        each_chunk(image, |key, blob, stored| {
+            let number = numbers[blob.as_usize()];
             let known = chunks.entry(key).or_insert(Known {
                 stored,
-                images: 0,
+                blobs: Vec::new(),
                 stored_sum: 0,
             });
-            known.images += 1;
-            known.stored_sum += stored;
+            if !known.blobs.contains(&number) {
+                known.blobs.push(number);
+                known.stored_sum += stored;
+                counts.chunk(key.size, stored);
+            }
         })
+    }
+
+    /// Numbers for the blobs of an image. A placeholder stands for another blob in
+    /// every image.
+    fn number(&mut self, image: &Image) -> Vec<u32> {
+        let mut number = |info: &BlobInfo| {
+            let next = self.blob_count;
+            let number = match info.id.is_placeholder() {
+                true => next,
+                false => *self.blobs.entry(info.id.clone()).or_insert(next),
+            };
+            self.blob_count += u32::from(number == next);
+            number
+        };
+        image.blobs().iter().map(&mut number).collect()
     }
 
     /// The numbers of all images together.
@@ -146,7 +169,8 @@ impl Base {
         let mut counts = self.counts.clone();
         for (key, known) in &self.chunks {
             let size = u64::from(key.size);
-            if known.images == 1 {
+            let copies = u64::try_from(known.blobs.len()).unwrap_or(u64::MAX);
+            if copies == 1 {
                 counts.own_chunks += 1;
                 counts.own_comp_size += known.stored;
                 counts.own_uncomp_size += size;
@@ -155,9 +179,9 @@ impl Base {
             counts.ref_chunks += 1;
             counts.ref_comp_size += known.stored;
             counts.ref_uncomp_size += size;
-            counts.dedup_chunks += known.images - 1;
+            counts.dedup_chunks += copies - 1;
             counts.dedup_comp_size += known.stored_sum.saturating_sub(known.stored);
-            counts.dedup_uncomp_size += size * (known.images - 1);
+            counts.dedup_uncomp_size += size * (copies - 1);
         }
         counts
     }
@@ -169,7 +193,7 @@ impl Base {
     pub fn compare(&self, image: &Image) -> Result<Counts, rafs::Error> {
         let mut counts = Counts::default();
         names(image, &mut counts)?;
-        each_chunk(image, |key, stored| {
+        each_chunk(image, |key, _blob, stored| {
             counts.chunk(key.size, stored);
             let size = u64::from(key.size);
             if self.chunks.contains_key(&key) {
@@ -226,8 +250,9 @@ fn names(image: &Image, counts: &mut Counts) -> Result<(), rafs::Error> {
     })
 }
 
-/// Calls `each` for every different chunk of an image, with its stored length.
-fn each_chunk(image: &Image, mut each: impl FnMut(Key, u64)) -> Result<(), rafs::Error> {
+/// Calls `each` for every different chunk of an image, with a blob that stores it and
+/// its stored length.
+fn each_chunk(image: &Image, mut each: impl FnMut(Key, BlobIndex, u64)) -> Result<(), rafs::Error> {
     let mut seen = HashSet::new();
     for position in 0..image.chunk_record_count() {
         let record = image.chunk_record(position)?;
@@ -241,7 +266,7 @@ fn each_chunk(image: &Image, mut each: impl FnMut(Key, u64)) -> Result<(), rafs:
             size: record.uncompressed_size,
         };
         if seen.insert(key) {
-            each(key, stored_size(&record, info));
+            each(key, record.blob, stored_size(&record, info));
         }
     }
     Ok(())

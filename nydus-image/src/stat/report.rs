@@ -11,7 +11,8 @@ use crate::inspect::summary::ratio;
 pub(super) fn text(images: usize, base: &Counts, target: Option<&Counts>) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
-    let _ = image(&format!("Base: {images} images"), base, &mut out);
+    let plural = if images == 1 { "" } else { "s" };
+    let _ = image(&format!("Base: {images} image{plural}"), base, &mut out);
     if images > 1 {
         let _ = shared(base, &mut out);
     }
@@ -56,7 +57,7 @@ fn line(
 
 fn shared(c: &Counts, out: &mut String) -> std::fmt::Result {
     line(
-        "in one",
+        "in one blob",
         c.own_chunks,
         c.own_uncomp_size,
         c.own_comp_size,
