@@ -10,27 +10,74 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use base64::Engine as _;
 use rafs::Image;
+use rafs::units::len64;
 use serde::Deserialize;
 use storage::backend::Backend;
 use storage::backend::file::FileBackend;
 use storage::backend::http_proxy::{Address, HttpProxyBackend, HttpProxyConfig};
 use storage::backend::local::LocalBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme, Timeouts};
+use storage::format::tar_header;
+use storage::format::toc::{self, Tail};
+use storage::mapped::Mapped;
 
 use crate::cli::UsageError;
 
-/// Largest bytes of a configuration file.
+/// Largest bootstrap that is taken out of a layer, in bytes.
+const MAX_BOOTSTRAP: u64 = 1 << 30;
+
+/// Longest configuration file, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// Loads a bootstrap and checks all of it.
+/// Loads a bootstrap and checks all of it. A layer blob that carries its bootstrap
+/// will do as well.
 ///
 /// # Errors
 /// It cannot be read or breaks a rule; the message names the file.
 pub fn open_verified(path: &Path) -> anyhow::Result<Arc<Image>> {
-    let image = Image::open(path)
-        .and_then(|image| image.verify_tree().map(|_| image))
-        .with_context(|| format!("{} is not a valid bootstrap", path.display()))?;
+    let open = || -> anyhow::Result<Image> {
+        let image = match embedded(path)? {
+            Some(bytes) => Image::from_bytes(bytes)?,
+            None => Image::open(path)?,
+        };
+        image.verify_tree()?;
+        Ok(image)
+    };
+    let image = open().with_context(|| format!("{} is not a valid bootstrap", path.display()))?;
     Ok(Arc::new(image))
+}
+
+/// The bootstrap that a layer blob carries; `None` if the file is none of that kind.
+fn embedded(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    let Ok(file) = Mapped::open(path) else {
+        // Whoever opens it as a bootstrap says what is wrong.
+        return Ok(None);
+    };
+    let len = u64::try_from(file.len())?;
+    let tail = file.len() - usize::try_from(toc::tail_size(len))?;
+    let slice = |start: u64, size: u64| {
+        let start = usize::try_from(start).ok()?;
+        let end = start.checked_add(usize::try_from(size).ok()?)?;
+        file.get(start..end)
+    };
+    let outside = "its table of contents points outside the file";
+    match toc::locate(&file[tail..]) {
+        Err(_) => Ok(None),
+        Ok(Tail::Bootstrap { size }) => {
+            let start = (len - len64(tar_header::SIZE)).checked_sub(size);
+            let bytes = start
+                .and_then(|start| slice(start, size))
+                .context(outside)?;
+            Ok(Some(bytes.to_vec()))
+        }
+        Ok(Tail::Toc(toc)) => {
+            let Some(entry) = toc.entry(tar_header::names::BOOTSTRAP) else {
+                bail!("it is a layer without a bootstrap in it");
+            };
+            let stored = slice(entry.offset, entry.stored_size).context(outside)?;
+            Ok(Some(entry.extract(stored, MAX_BOOTSTRAP)?))
+        }
+    }
 }
 
 /// The bootstrap of a command that takes it in two forms.

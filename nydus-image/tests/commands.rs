@@ -324,8 +324,21 @@ fn unpack_finds_blobs_in_all_places() {
     )
     .unwrap();
     place.ok("unpack --log-level warn --bootstrap image.boot --output b.tar --blob image.blob");
-    let read = |name| std::fs::read(place.path(name)).unwrap();
+    let read = |name: &str| std::fs::read(place.path(name)).unwrap();
     assert!(read("a.tar") == read("b.tar"));
+
+    // A layer that carries its bootstrap is both.
+    for (name, more) in [("one", ""), ("two", "--features blob-toc")] {
+        place.ok(&format!(
+            "create --blob {name} --blob-inline-meta {more} tree"
+        ));
+        place.ok(&format!("unpack {name} --blob {name} --output {name}.tar"));
+        assert!(read("a.tar") == read(&format!("{name}.tar")), "{name}");
+        assert_eq!(
+            place.ok(&format!("inspect -R stats {name}")),
+            r#"{"inodes_count":8}"#
+        );
+    }
 
     let error = place.fails("unpack image.boot --output c.tar", 2);
     assert!(error.contains("--blob-dir"), "{error}");

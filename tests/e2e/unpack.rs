@@ -7,10 +7,13 @@ use std::process::Command;
 
 use support::binaries::nydus_image;
 use support::command::{run, succeed};
+use support::image::layout::{self, Image};
 use support::matrix;
 use support::mount::KernelMount;
+use support::registry::{Auth, Registry};
 use support::tree::nasty::Options;
 
+use crate::merge::{layer_tars, three_states};
 use crate::scene::{Build, Scene, assert_same_tree};
 
 /// Extracts an archive with everything that it records.
@@ -56,21 +59,14 @@ fn a_nasty_tree_unpacks_to_itself() {
 fn the_kernel_mounts_an_exported_disk() {
     let scene = Scene::new();
     let source = scene.nasty_tree(Options::default());
-    for (name, options) in [
-        ("zstd", &["--chunk-size", "0x100000"][..]),
-        (
-            "batch",
-            &["--batch-size", "0x10000", "--compressor", "lz4_block"],
-        ),
-    ] {
-        let build = scene.create(name, options, &source);
-        let disk = scene.path("image.disk");
-        assert_eq!(export(&build, &disk, &[]), "");
-        let point = scene.new_point();
-        let mount = KernelMount::erofs(&disk, &[], &point).unwrap();
-        assert_same_tree(&source, &point);
-        drop(mount);
-    }
+    let options = ["--batch-size", "0x10000", "--compressor", "lz4_block"];
+    let build = scene.create("image", &options, &source);
+    let disk = scene.path("image.disk");
+    assert_eq!(export(&build, &disk, &[]), "");
+    let point = scene.new_point();
+    let mount = KernelMount::erofs(&disk, &[], &point).unwrap();
+    assert_same_tree(&source, &point);
+    drop(mount);
 }
 
 /// Two layers: two devices behind the bootstrap.
@@ -120,6 +116,44 @@ fn a_merged_image_exports_as_one_disk() {
         fs::read(extracted.join("added")).unwrap(),
         vec![b'u'; 700_000]
     );
+}
+
+/// A converted image of three layers, its data straight from the registry.
+#[test]
+fn an_image_unpacks_from_a_registry() {
+    let scene = Scene::new();
+    let states = three_states(&scene);
+    let tars = layer_tars(&scene, &states);
+    let tars: Vec<&Path> = tars.iter().map(PathBuf::as_path).collect();
+    let layout = scene.path("layout");
+    layout::write(&layout, "test", &[Image::new(&tars)]).unwrap();
+    let registry = Registry::start(Auth::Open).unwrap();
+    let target = registry.reference("app:nydus");
+    let mut convert = nydus_image().unwrap();
+    convert
+        .arg("convert")
+        .arg(format!("oci:{}:test", layout.display()));
+    convert.env("DOCKER_CONFIG", scene.dir("no-credentials"));
+    succeed(convert.arg(&target)).unwrap();
+
+    let manifest = registry.manifest_json("app:nydus").unwrap();
+    let bootstrap = manifest["layers"].as_array().unwrap().last().unwrap();
+    let layer = registry
+        .blob_file(bootstrap["digest"].as_str().unwrap())
+        .unwrap();
+    let metadata = scene.dir("metadata");
+    let mut tar = Command::new("tar");
+    tar.arg("-xzf").arg(layer).arg("-C").arg(&metadata);
+    succeed(&mut tar).unwrap();
+
+    let output = scene.path("image.tar");
+    let mut unpack = nydus_image().unwrap();
+    unpack.arg("unpack").arg(metadata.join("image/image.boot"));
+    unpack.args(["--backend-type", "registry", "--backend-config"]);
+    let config = serde_json::json!({"host": registry.host(), "repo": "app", "scheme": "http"});
+    unpack.arg(config.to_string()).arg("--output").arg(&output);
+    succeed(&mut unpack).unwrap();
+    assert_same_tree(&states[2], &extract(&scene, &output));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Clients that hold the blobs themselves serve them this way while they run the
 //! builder. `HEAD` tells the length, `GET` with `Range` delivers bytes. Such servers
 //! are simple: many answer 200 where 206 belongs, with just the bytes that were
-//! asked for. [`wanted`] finds out which bytes an answer holds.
+//! asked for. `wanted` finds out which bytes an answer holds.
 //!
 //! No credentials, no redirects. Retries, time-outs and the path of the bytes are
 //! those of the [`registry`](super::registry) back end.
