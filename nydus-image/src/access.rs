@@ -20,6 +20,7 @@ use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, S
 use storage::format::tar_header;
 use storage::format::toc::{self, Tail};
 use storage::mapped::Mapped;
+use storage::{BlobFeatures, BlobInfo};
 
 use crate::cli::UsageError;
 
@@ -155,6 +156,12 @@ impl BlobArgs {
             if blobs > 1 {
                 bail!(
                     "the image has {blobs} blobs, and --blob gives one; put them into a directory, each named by its id, and give it with --blob-dir"
+                );
+            }
+            let separate = |blob: &BlobInfo| blob.features.contains(BlobFeatures::SEPARATE);
+            if image.blobs().iter().any(separate) {
+                bail!(
+                    "the data of this image is an OCI layer and its chunk table another file; put both into a directory, each named by its SHA-256, and give it with --blob-dir"
                 );
             }
             return Ok(Arc::new(FileBackend::open(path)?));

@@ -42,7 +42,7 @@ const MAX_TABLE: u64 = 256 << 20;
 /// Part of a chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// The blob that holds it.
+    /// The blob that holds it: one of the image.
     pub blob: BlobIndex,
     /// The chunk.
     pub chunk: ChunkIndex,

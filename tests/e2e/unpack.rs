@@ -7,11 +7,13 @@ use std::process::Command;
 
 use support::binaries::nydus_image;
 use support::command::{run, succeed};
+use support::fixtures;
 use support::image::layout::{self, Image};
 use support::matrix;
 use support::mount::KernelMount;
 use support::registry::{Auth, Registry};
 use support::tree::nasty::Options;
+use support::tree::{Detail, describe};
 
 use crate::merge::{layer_tars, three_states};
 use crate::scene::{Build, Scene, assert_same_tree};
@@ -219,4 +221,78 @@ fn all_kinds_of_images_unpack_and_export() {
         assert_same_tree(&source, &point);
         drop(mount);
     }
+}
+
+/// Images that Nydus v2.4 wrote, those with batches, with the bootstrap inside and
+/// with an OCI layer as data included.
+#[test]
+fn foreign_images_unpack_and_export() {
+    let Some(directory) = fixtures::directory().unwrap() else {
+        return;
+    };
+    let text = fs::read_to_string(directory.join("tree.jsonl")).unwrap();
+    // From a directory, Nydus v2.4 does not keep the time of the root.
+    let is_root = |line: &&str| line.contains("\"path\": \"/\",");
+    let expected: Vec<_> = text.lines().filter(|line| !is_root(line)).collect();
+    let scene = Scene::new();
+    let mut images = 0;
+    for entry in fs::read_dir(&directory).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.is_dir() || path.ends_with("merged") {
+            continue;
+        }
+        images += 1;
+        let build = foreign(&scene, &path);
+        let tar = scene.path("foreign.tar");
+        let mut command = nydus_image().unwrap();
+        command
+            .arg("unpack")
+            .arg(&build.bootstrap)
+            .arg("--output")
+            .arg(&tar);
+        let inline = build.bootstrap.file_name().unwrap() != "boot";
+        match inline {
+            true => command.arg("--blob").arg(&build.bootstrap),
+            false => command.arg("--blob-dir").arg(&build.blob_dir),
+        };
+        succeed(&mut command).unwrap();
+        let same = |root: &Path| {
+            let lines = describe(root, Detail::All).unwrap();
+            let lines: Vec<_> = lines.iter().map(String::as_str).collect();
+            let lines: Vec<_> = lines.into_iter().filter(|line| !is_root(line)).collect();
+            assert_eq!(lines, expected, "{}", path.display());
+        };
+        same(&extract(&scene, &tar));
+        if !inline {
+            let (disk, point) = (scene.path("foreign.disk"), scene.new_point());
+            export(&build, &disk, &[]);
+            let mount = KernelMount::erofs(&disk, &[], &point).unwrap();
+            same(&point);
+            drop(mount);
+        }
+    }
+    assert!(images > 10, "{images} images in {}", directory.display());
+}
+
+/// Where bootstrap and blobs of a fixture are. A layer that is used in place is
+/// copied to the name that a directory of blobs has for it.
+fn foreign(scene: &Scene, path: &Path) -> Build {
+    let boot = path.join("boot");
+    let mut build = Build {
+        bootstrap: boot.clone(),
+        blob_dir: path.to_owned(),
+        blobs: Vec::new(),
+    };
+    for entry in fs::read_dir(path).unwrap() {
+        let file = entry.unwrap().path();
+        let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+        if !boot.exists() {
+            build.bootstrap = file;
+        } else if name.contains('.') || path.ends_with("targz-ref") {
+            let id = name.split('.').next().unwrap();
+            build.blob_dir = scene.dir("in-place");
+            fs::copy(&file, build.blob_dir.join(id)).unwrap();
+        }
+    }
+    build
 }
