@@ -258,6 +258,14 @@ fn the_summary_adds_up() {
     assert_eq!(json["files"][0]["path"], "/sub/big");
     assert_eq!(json["files"][1]["stored_size"], 0);
 
+    // Batches: the parts add up to the whole, but for rounding.
+    place.ok("create --bootstrap batch.boot --blob batch.blob --batch-size 0x100000 tree");
+    let json: Value = serde_json::from_str(&place.ok("inspect --json batch.boot")).unwrap();
+    let blob = &json["blobs"][0];
+    let (all, used) = (&blob["stored_size"], &blob["used_stored_size"]);
+    let lost = all.as_u64().unwrap() - used.as_u64().unwrap();
+    assert!(lost <= blob["chunks"].as_u64().unwrap(), "{blob}");
+
     let text = place.ok("inspect --summary --top 1 image.boot");
     assert!(text.contains("deduplication 2.00x"), "{text}");
     assert!(

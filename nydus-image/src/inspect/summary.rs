@@ -3,8 +3,8 @@
 //! A file counts once, however many names it has, and for the directory of the name
 //! that is met first. A chunk that several files share is content of each of them,
 //! but stored once. How many bytes a chunk takes in its blob is known exactly unless
-//! it shares a compressed unit with others (batches, layers used in place): then the
-//! blob's average is taken.
+//! it shares a compressed unit with others (batches, layers used in place): then those
+//! chunks divide what is left of the blob by their lengths.
 
 use std::collections::{HashMap, HashSet};
 
@@ -144,7 +144,7 @@ impl Summary {
     /// # Errors
     /// The image is damaged.
     pub fn of(image: &Image, depth: usize, top: usize) -> Result<Self, rafs::Error> {
-        let mut count = Count::new(image);
+        let mut count = Count::new(image)?;
         listing::walk(image, |name| count.name(&name, depth, top))?;
         count.finish(top)
     }
@@ -153,6 +153,7 @@ impl Summary {
 /// The walk over an image.
 struct Count<'a> {
     image: &'a Image,
+    stored: StoredSizes,
     names: Names,
     content: Content,
     blobs: Vec<Blob>,
@@ -164,7 +165,7 @@ struct Count<'a> {
 }
 
 impl<'a> Count<'a> {
-    fn new(image: &'a Image) -> Self {
+    fn new(image: &'a Image) -> Result<Self, rafs::Error> {
         let blob = |info: &BlobInfo| Blob {
             id: info.id.to_string(),
             chunks: info.chunk_count.into(),
@@ -174,8 +175,9 @@ impl<'a> Count<'a> {
             used_stored_size: 0,
             share: 0.0,
         };
-        Self {
+        Ok(Self {
             image,
+            stored: StoredSizes::new(image)?,
             names: Names::default(),
             content: Content::default(),
             blobs: image.blobs().iter().map(blob).collect(),
@@ -183,7 +185,7 @@ impl<'a> Count<'a> {
             seen_chunks: vec![false; image.chunk_record_count()],
             directories: HashMap::new(),
             files: Vec::new(),
-        }
+        })
     }
 
     fn name(&mut self, name: &listing::Name, depth: usize, top: usize) -> Result<(), rafs::Error> {
@@ -226,7 +228,7 @@ impl<'a> Count<'a> {
             }
             let record = self.image.chunk_record(position)?;
             let info = &self.image.blobs()[extent.blob.as_usize()];
-            let bytes = stored_size(&record, info);
+            let bytes = self.stored.of(&record, info);
             let blob = &mut self.blobs[extent.blob.as_usize()];
             blob.used_chunks += 1;
             blob.used_size += u64::from(record.uncompressed_size);
@@ -283,20 +285,86 @@ fn settings(image: &Image) -> Settings {
     }
 }
 
-/// Bytes that a chunk takes in its blob.
-#[must_use]
-pub fn stored_size(record: &ChunkRecord, info: &BlobInfo) -> u64 {
-    let shared = BlobFeatures::BATCH | BlobFeatures::ZRAN;
-    if info.features.intersects(shared) && !record.compressed {
-        // The address space has gaps up to whole blocks, so this is a little low.
-        let scaled = u128::from(record.uncompressed_size) * u128::from(info.data_size())
-            / u128::from(info.uncompressed_size.max(1));
-        return u64::try_from(scaled).unwrap_or(u64::MAX);
+/// How many bytes chunks take in their blobs.
+#[derive(Debug)]
+pub struct StoredSizes(Vec<Shared>);
+
+/// The chunks of one blob that share compressed units with others.
+#[derive(Clone, Copy, Debug, Default)]
+struct Shared {
+    /// Bytes that they take together.
+    stored: u64,
+    /// Their uncompressed bytes.
+    plain: u64,
+}
+
+impl StoredSizes {
+    /// Looks at all chunks of an image.
+    ///
+    /// What is known of single chunks is subtracted from blob and address space; the
+    /// rest of the blob belongs to the rest of the space, of which this image may use
+    /// a part only.
+    ///
+    /// # Errors
+    /// The image is damaged.
+    pub fn new(image: &Image) -> Result<Self, rafs::Error> {
+        let mut shared = vec![Shared::default(); image.blobs().len()];
+        let mut space = vec![0_u64; shared.len()];
+        let mut left: Vec<_> = image
+            .blobs()
+            .iter()
+            .map(|info| (info.data_size(), info.uncompressed_size))
+            .collect();
+        for position in 0..image.chunk_record_count() {
+            let record = image.chunk_record(position)?;
+            let blob = record.blob.as_usize();
+            let blocks = u64::from(record.uncompressed_size).next_multiple_of(4096);
+            match exact_size(&record, &image.blobs()[blob]) {
+                Some(stored) => {
+                    left[blob].0 = left[blob].0.saturating_sub(stored);
+                    left[blob].1 = left[blob].1.saturating_sub(blocks);
+                }
+                None => {
+                    shared[blob].plain += u64::from(record.uncompressed_size);
+                    space[blob] += blocks;
+                }
+            }
+        }
+        for ((shared, used), (stored, space)) in shared.iter_mut().zip(space).zip(left) {
+            shared.stored = scale(stored, used, space);
+        }
+        Ok(Self(shared))
     }
-    match record.compressed {
-        true => record.compressed_size.into(),
-        false => record.uncompressed_size.into(),
+
+    /// Bytes that a chunk takes in its blob.
+    #[must_use]
+    pub fn of(&self, record: &ChunkRecord, info: &BlobInfo) -> u64 {
+        exact_size(record, info).unwrap_or_else(|| {
+            let shared = self
+                .0
+                .get(record.blob.as_usize())
+                .copied()
+                .unwrap_or_default();
+            scale(shared.stored, record.uncompressed_size.into(), shared.plain)
+        })
     }
+}
+
+/// Stored bytes of a chunk that is a unit of its own.
+fn exact_size(record: &ChunkRecord, info: &BlobInfo) -> Option<u64> {
+    let shared = info.features.contains(BlobFeatures::ZRAN)
+        || info.features.contains(BlobFeatures::BATCH) && record.compressed_size == 0;
+    match (shared, record.compressed) {
+        (true, _) => None,
+        (false, true) => Some(record.compressed_size.into()),
+        (false, false) => Some(record.uncompressed_size.into()),
+    }
+}
+
+/// `bytes * part / whole`, not more than `bytes`.
+fn scale(bytes: u64, part: u64, whole: u64) -> u64 {
+    let scaled = u128::from(bytes) * u128::from(part) / u128::from(whole.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX).min(bytes)
 }
 
 /// What the builder asked to prefetch: the first name of every entry.

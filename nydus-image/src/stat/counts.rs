@@ -11,7 +11,7 @@ use rafs::{FileKind, Image};
 use serde::Serialize;
 use storage::{BlobId, BlobIndex, BlobInfo, Digester};
 
-use crate::inspect::summary::stored_size;
+use crate::inspect::summary::StoredSizes;
 use crate::listing;
 
 /// Number of classes of chunk sizes.
@@ -254,6 +254,7 @@ fn names(image: &Image, counts: &mut Counts) -> Result<(), rafs::Error> {
 /// its stored length.
 fn each_chunk(image: &Image, mut each: impl FnMut(Key, BlobIndex, u64)) -> Result<(), rafs::Error> {
     let mut seen = HashSet::new();
+    let stored = StoredSizes::new(image)?;
     for position in 0..image.chunk_record_count() {
         let record = image.chunk_record(position)?;
         let info = &image.blobs()[record.blob.as_usize()];
@@ -266,7 +267,7 @@ fn each_chunk(image: &Image, mut each: impl FnMut(Key, BlobIndex, u64)) -> Resul
             size: record.uncompressed_size,
         };
         if seen.insert(key) {
-            each(key, record.blob, stored_size(&record, info));
+            each(key, record.blob, stored.of(&record, info));
         }
     }
     Ok(())
