@@ -14,6 +14,7 @@
 //! with the same result; `BlobFiles::store` is the place) and eviction.
 
 mod data_file;
+mod unwatched;
 
 use std::fs::{self, File};
 use std::io;

@@ -78,7 +78,7 @@ fn open_data(path: &Path) -> io::Result<File> {
         .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
         .open(path)?;
     if file.metadata()?.is_file() {
-        Ok(file)
+        Ok(super::unwatched::reopen(file))
     } else {
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,
