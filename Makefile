@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # The Rust installer puts cargo here; a shell that was open before does not know it yet.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: help install build demo test bench docs clean
+.PHONY: help install build demo test soak bench docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,9 +20,13 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
 
+soak: ## Kill daemons under load for a few minutes (as root); KILLS=1000 for each driver
+	NYDUS_KILLS=$(or $(KILLS),1000) cargo test --locked --workspace --test e2e -- --nocapture --test-threads 1 kills
+
 bench: build ## Print build and read speed against tar, zstd and ext4 (as root)
 	misc/bench/build.sh
 	misc/bench/read.sh
+	misc/bench/mount.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

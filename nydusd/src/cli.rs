@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use crate::driver::Choice;
+
 /// Text of `--version`: one item per line, behind a carriage return that makes
 /// the program name disappear on a terminal; clients search for `Git Commit:`.
 const VERSION: &str = concat!(
@@ -193,6 +195,11 @@ pub(crate) struct FuseOptions {
     )]
     pub fuse_threads: Option<u16>,
 
+    /// What serves the mount: the kernel's EROFS, or FUSE; `auto` tries in that order
+    /// [default: fuse]
+    #[arg(long, value_name = "driver")]
+    pub driver: Option<Choice>,
+
     /// Allow changes, kept in an overlay (not supported yet)
     #[arg(long)]
     pub writable: bool,
@@ -237,7 +244,11 @@ pub(crate) struct MountOptions {
     #[arg(long)]
     pub plain_http: bool,
 
-    /// Threads that answer file system requests
+    /// What serves the mount: the kernel's EROFS, or FUSE; `auto` tries in that order
+    #[arg(long, value_name = "driver", default_value = "auto")]
+    pub driver: Choice,
+
+    /// Threads that answer file system requests, with FUSE
     #[arg(
         long,
         value_name = "count",
@@ -329,6 +340,7 @@ impl FuseOptions {
             || self.dedup_db.is_some()
             || self.failover_policy.is_some()
             || self.fuse_threads.is_some()
+            || self.driver.is_some()
             || self.writable
     }
 

@@ -23,6 +23,8 @@ use std::time::Duration;
 use node::{Node, Table};
 use section::Section;
 
+use crate::driver::Choice;
+
 /// Larger files are refused before they are parsed, in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
 
@@ -37,6 +39,8 @@ pub(crate) struct Config {
     pub cache_dir: PathBuf,
     /// Background fetching, if wanted.
     pub prefetch: Option<Prefetch>,
+    /// What serves the mount, if one was chosen.
+    pub driver: Option<Choice>,
     /// What the user should hear about: unknown keys, settings without effect.
     pub warnings: Vec<String>,
 }
@@ -234,6 +238,15 @@ fn parse_table(text: &str) -> Result<(Table, bool), ConfigError> {
                 reason: format!("line {line}: {}", err.message()),
             })
         }
+    }
+}
+
+/// What serves the mount.
+fn driver(section: &mut Section<'_>) -> Result<Option<Choice>, ConfigError> {
+    match section.text("driver")?.map(Choice::named) {
+        None => Ok(None),
+        Some(Some(choice)) => Ok(Some(choice)),
+        Some(None) => Err(section.wrong("driver", Choice::NAMES)),
     }
 }
 

@@ -1,11 +1,10 @@
-//! The life of the daemon: mount, serve, and end.
+//! The life of the daemon: serve what is mounted, and end.
 //!
-//! It ends in one of three ways, and cleanly in all of them: a signal asks it
-//! to (the mount is taken down first), somebody else unmounts (the threads that
-//! serve it find out), or it cannot start (nothing stays mounted). Signals are
-//! caught before anything is mounted, so that none is lost.
+//! It ends when nothing is mounted any more: because a signal asked for that, because
+//! somebody else unmounted, or because it could not start. Signals are caught before
+//! anything is mounted, so that none is lost. A mount that somebody uses is not taken
+//! away from them, and the daemon stays with it.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,11 +14,10 @@ use anyhow::Context as _;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::fuse::RafsFs;
-use crate::fuse::session::Session;
-use crate::fuse::workers::Workers;
+use crate::busy;
+use crate::mounts::table::{Ended, Mount, Mounts, TakenDown};
 
-/// How long the threads get to notice that the mount is gone.
+/// How long a file system may take to go away after it was unmounted.
 const WIND_DOWN: Duration = Duration::from_secs(2);
 
 /// How often the work before the mount looks for a signal.
@@ -30,8 +28,8 @@ const POLL: Duration = Duration::from_millis(50);
 enum Event {
     /// A signal asks for the end.
     Signal(i32),
-    /// All threads that serve the mount have ended.
-    Ended,
+    /// A mount is gone.
+    Ended(Ended),
 }
 
 /// The wish that the daemon ends, by signal.
@@ -72,6 +70,15 @@ impl Stop {
         })
     }
 
+    /// What tells the daemon that a mount has ended.
+    pub(crate) fn on_end(&self) -> impl Fn(Ended) + Send + Sync + 'static {
+        let to_main = self.sender.clone();
+        move |ended| {
+            // Nobody listens any more when the whole daemon ends.
+            let _ = to_main.send(Event::Ended(ended));
+        }
+    }
+
     /// Waits until a signal has come, and names it: for work before the mount
     /// that has to be given up then.
     pub(crate) async fn requested(&self) -> &'static str {
@@ -88,60 +95,63 @@ fn name(signal: i32) -> &'static str {
     signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
 }
 
-/// Mounts `files` on `mountpoint` and serves until the end; blocks.
+/// Serves `mounts` until all of them have ended; blocks.
 ///
-/// * `what`: the image, for the log.
-/// * `started`: when the work for this mount began, for the log.
+/// A signal takes them down. One that is in use stays, with a word about who uses it,
+/// and so does the daemon; the next signal tries again.
 ///
 /// # Errors
-/// When it cannot be mounted or unmounted. Ending by signal or unmount is no error.
-pub(crate) fn serve(
-    files: RafsFs,
-    what: &str,
-    mountpoint: &Path,
-    threads: u16,
-    stop: Stop,
-    started: Instant,
-) -> anyhow::Result<()> {
-    let session = Arc::new(Session::mount(mountpoint)?);
-    if let Err(err) = start(&session, files, threads, stop.sender) {
-        // Half a mount helps nobody; the first error is the one to report.
-        let _ = session.unmount();
-        return Err(err);
-    }
-    let place = session.mountpoint().display();
-    tracing::info!(
-        "ready: {what} mounted on {place} in {} ms",
-        started.elapsed().as_millis()
-    );
-    match stop.receiver.recv() {
-        Ok(Event::Signal(signal)) => {
-            tracing::info!("{}: unmounting {place}", name(signal));
-            session.unmount()?;
-            // Replies under way are finished; what hangs in the network is not waited for.
-            let _ = stop.receiver.recv_timeout(WIND_DOWN);
+/// When one cannot be unmounted. Ending by signal or unmount is no error.
+pub(crate) fn serve(mounts: &Mounts, stop: &Stop) -> anyhow::Result<()> {
+    while !mounts.list().is_empty() {
+        match stop.receiver.recv() {
+            Ok(Event::Signal(signal)) => take_down(mounts, stop, name(signal))?,
+            Ok(Event::Ended(ended)) => {
+                if let Some(mount) = mounts.forget(ended) {
+                    tracing::info!("{} was unmounted", mount.mountpoint.display());
+                }
+            }
+            Err(_) => break,
         }
-        Ok(Event::Ended) | Err(_) => tracing::info!("{place} was unmounted"),
     }
     tracing::info!("stopped");
     Ok(())
 }
 
-/// Starts the threads and waits until they have answered the first request.
-fn start(
-    session: &Arc<Session>,
-    files: RafsFs,
-    threads: u16,
-    ended: Sender<Event>,
-) -> anyhow::Result<()> {
-    let workers = Workers::start(session, &Arc::new(files), threads)?;
-    std::thread::Builder::new()
-        .name("watch".to_owned())
-        .spawn(move || {
-            workers.join();
-            // Nobody listens any more when a signal was faster.
-            let _ = ended.send(Event::Ended);
-        })
-        .context("cannot start a thread")?;
-    session.wait_until_served()
+fn take_down(mounts: &Mounts, stop: &Stop, cause: &str) -> anyhow::Result<()> {
+    for mount in mounts.list() {
+        let place = mount.mountpoint.display();
+        tracing::info!("{cause}: unmounting {place}");
+        match mount.take_down()? {
+            TakenDown::InUse(holders) => tracing::warn!(
+                "{place} is in use and goes on being served; used by {}",
+                busy::list(&holders)
+            ),
+            TakenDown::Unmounted => wait_for(mounts, stop, &mount),
+        }
+    }
+    Ok(())
+}
+
+/// Waits for the end of a mount that was unmounted here.
+fn wait_for(mounts: &Mounts, stop: &Stop, mount: &Mount) {
+    let began = Instant::now();
+    while mounts.list().iter().any(|other| other.id == mount.id) {
+        let left = WIND_DOWN.saturating_sub(began.elapsed());
+        match stop.receiver.recv_timeout(left) {
+            Ok(Event::Ended(ended)) => {
+                mounts.forget(ended);
+            }
+            // We are at it.
+            Ok(Event::Signal(_)) => {}
+            Err(_) => {
+                tracing::warn!(
+                    "{} is unmounted here, but goes on being served for {}",
+                    mount.mountpoint.display(),
+                    busy::list(&mount.left_over())
+                );
+                return;
+            }
+        }
+    }
 }

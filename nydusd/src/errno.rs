@@ -38,6 +38,12 @@ pub(crate) enum FsError {
     /// Somebody tried to change the image.
     #[error("the file system is read-only")]
     ReadOnly,
+    /// A cache file that is mounted was deleted or shortened.
+    #[error("the mounted cache file was replaced or shortened; unmount, and mount again")]
+    CacheFileLost,
+    /// A cache file cannot be inspected.
+    #[error("inspecting a cache file")]
+    Inspect(#[source] io::Error),
     /// The kernel need not ask this, now or later.
     #[error("not needed")]
     NotNeeded,
@@ -56,7 +62,9 @@ fn errno(err: &FsError) -> i32 {
             _ => libc::EINVAL,
         },
         FsError::UnknownBlob(_) => libc::EUCLEAN,
-        FsError::Read(_) | FsError::Reply(_) => libc::EIO,
+        FsError::Read(_) | FsError::Reply(_) | FsError::CacheFileLost | FsError::Inspect(_) => {
+            libc::EIO
+        }
         FsError::NoSuchAttribute => libc::ENODATA,
         FsError::AttributeTooLarge => libc::ERANGE,
         FsError::ReadOnly => libc::EROFS,
@@ -71,7 +79,9 @@ fn is_failure(err: &FsError) -> bool {
         | FsError::Image(_)
         | FsError::UnknownBlob(_)
         | FsError::Read(_)
-        | FsError::Reply(_) => true,
+        | FsError::Reply(_)
+        | FsError::CacheFileLost
+        | FsError::Inspect(_) => true,
         FsError::NoSuchAttribute
         | FsError::AttributeTooLarge
         | FsError::ReadOnly

@@ -37,6 +37,14 @@ pub(crate) fn raise_open_files(wanted: u64) {
     }
 }
 
+/// Raises the soft limit to the hard one, before anything is known about options.
+pub(crate) fn raise_soft() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // What it is good for fails by itself if this does.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
 fn clamp(wanted: u64, machine: Option<u64>) -> u64 {
     let machine = machine.map_or(MAX_FILES, |limit| limit.saturating_sub(RESERVED));
     wanted.min(machine).min(MAX_FILES)

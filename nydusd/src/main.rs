@@ -1,38 +1,96 @@
 //! nydusd: mounts container images whose content is fetched when it is read.
 //!
+//! It is two processes: the one that was started becomes the [`keeper`] of another one,
+//! the worker, which does what follows.
+//!
 //! [`cli`] says what to do, [`config`] and [`pull`] find the parts of an image,
-//! [`mounts`] opens them, [`daemon`] mounts and serves until the end. The path
-//! of a read starts in [`fuse`]. Only this file ends the process: 0 done,
+//! [`mounts`] opens them and has them served by one of the drivers, [`daemon`] stays
+//! until the end. The path of a read starts in [`fuse`], or in [`erofs`] where the
+//! kernel serves the image ([`driver`]). Only this file ends the process: 0 done,
 //! 1 failed, 2 wrong usage.
 
+mod busy;
 mod cli;
 mod config;
 mod daemon;
+mod driver;
+mod erofs;
 mod errno;
 mod fuse;
+mod keeper;
 mod limits;
 mod logging;
+mod mountinfo;
 mod mounts;
+mod pool;
 mod pull;
 
+use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Parser as _;
 
 use cli::{Cli, FuseOptions, Global, Task};
+use driver::Choice;
+use keeper::channel::Channel;
+use keeper::{Holder, Receiver, process};
 use mounts::Source;
+use mounts::table::{Inherited, Mount, Mounts, Wish};
 
 fn main() -> ExitCode {
-    let result = Cli::try_parse()
-        .map_err(anyhow::Error::new)
-        .and_then(Cli::task);
-    let result = result.and_then(|(global, task)| run(&global, task));
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let role = process::role(&arguments).map(OsStr::to_owned);
+    if role.is_some() {
+        arguments.remove(1);
+    }
+    let done = match role.as_deref().and_then(OsStr::to_str) {
+        Some(keeper::WORKER) => work(arguments).map(|()| 0),
+        Some(_) => keep(arguments, true),
+        None => keep(arguments, false),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
         Err(err) => report(&err),
     }
+}
+
+/// Life as a keeper: of the process that a user started, or, with `successor`, of one
+/// that a worker has started. The first argument after the name is its id then.
+fn keep(mut arguments: Vec<OsString>, successor: bool) -> anyhow::Result<u8> {
+    let name = arguments.remove(0);
+    let options = if successor { 1 } else { 0 };
+    let line = arguments.iter().skip(options).cloned();
+    let (global, task) = Cli::try_parse_from(std::iter::once(name).chain(line))?.task()?;
+    // What can be known to be wrong now need not be found out by a worker.
+    global.check()?;
+    if let Task::Fuse(options) = &task {
+        options.check()?;
+    }
+    logging::start(global.log_level, global.log_file.as_deref())?;
+    // It holds the descriptors of all mounts.
+    limits::raise_soft();
+    if successor {
+        process::take_over(arguments)
+    } else {
+        process::run(arguments)
+    }
+}
+
+/// Life as a worker.
+fn work(mut arguments: Vec<OsString>) -> anyhow::Result<()> {
+    // First of all, while hardly any descriptor is open: see `Inherited::take`.
+    limits::raise_soft();
+    let channel = Channel::inherited(process::channel()?);
+    let mut deposits = Receiver::everything(&channel)?;
+    let inherited = Inherited::take(&mut deposits)?;
+    let (global, task) = Cli::try_parse_from(&arguments)?.task()?;
+    arguments.remove(0);
+    logging::start(global.log_level, global.log_file.as_deref())?;
+    let keeper = Holder::new(channel, deposits, arguments)?;
+    run(&global, task, keeper, inherited)
 }
 
 /// Prints the whole chain of causes, and chooses the exit code.
@@ -53,36 +111,77 @@ fn report(err: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn run(global: &Global, task: Task) -> anyhow::Result<()> {
+fn run(
+    global: &Global,
+    task: Task,
+    keeper: Arc<Holder>,
+    inherited: Inherited,
+) -> anyhow::Result<()> {
     let started = Instant::now();
-    logging::start(global.log_level, global.log_file.as_deref())?;
-    global.check()?;
     for option in global.without_effect() {
         tracing::warn!("{option} has no effect yet");
     }
     // Before anything exists that would have to be taken down again.
     let stop = daemon::Stop::listen()?;
+    keeper.ready();
     limits::raise_open_files(global.rlimit_nofile);
-    let (source, mountpoint, threads) = match task {
-        Task::Fuse(options) => {
-            let source = described(global, &options)?;
-            let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
-            (source, mountpoint, options.fuse_threads.unwrap_or(4))
-        }
-        Task::Mount(options) => {
-            let source = pull::source(&options, &stop)
-                .with_context(|| format!("cannot mount {}", options.image))?;
-            (source, options.mountpoint, options.fuse_threads)
-        }
-    };
-    let what = source.name.clone();
-    let files = mounts::open(source)?;
-    daemon::serve(files, &what, &mountpoint, threads, stop, started)
+    let mounts = Mounts::new(Arc::clone(&keeper), stop.on_end());
+    mounts.recover(inherited, |saved| match &task {
+        Task::Fuse(options) => described(global, options).map(|(source, _)| source),
+        Task::Mount(options) => pull::again(options, saved.bootstrap.clone()),
+    })?;
+    if mounts.list().is_empty() {
+        let mount = first_mount(global, task, &mounts, &stop).inspect_err(|_| mounts.close())?;
+        tracing::info!(
+            "ready: {} mounted on {} by {} in {} ms",
+            mount.image,
+            mount.mountpoint.display(),
+            mount.driver,
+            started.elapsed().as_millis()
+        );
+    }
+    keeper.serving();
+    let served = daemon::serve(&mounts, &stop);
+    if mounts.list().is_empty() {
+        mounts.close();
+    }
+    served
 }
 
-/// The image that bootstrap and configuration describe.
-fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Source> {
-    options.check()?;
+/// Mounts what the command line asks for.
+fn first_mount(
+    global: &Global,
+    task: Task,
+    mounts: &Mounts,
+    stop: &daemon::Stop,
+) -> anyhow::Result<Arc<Mount>> {
+    let (source, mountpoint, wish) = match task {
+        Task::Fuse(options) => {
+            let (source, configured) = described(global, &options)?;
+            let wish = Wish {
+                // Older clients know nothing of drivers, and expect this one.
+                driver: options.driver.or(configured).unwrap_or(Choice::Fuse),
+                threads: options.fuse_threads.unwrap_or(4),
+            };
+            let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
+            (source, mountpoint, wish)
+        }
+        Task::Mount(options) => {
+            let source = pull::source(&options, stop)
+                .with_context(|| format!("cannot mount {}", options.image))?;
+            let wish = Wish {
+                driver: options.driver,
+                threads: options.fuse_threads,
+            };
+            (source, options.mountpoint, wish)
+        }
+    };
+    mounts.mount(&source, &mountpoint, wish)
+}
+
+/// The image that bootstrap and configuration describe, and the driver if it is
+/// configured.
+fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<(Source, Option<Choice>)> {
     let bootstrap = options.bootstrap.clone().context(
         "--bootstrap is missing; mounting later through the control API is not supported yet",
     )?;
@@ -92,12 +191,12 @@ fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Source> {
         tracing::warn!("--prefetch-files has no effect yet");
     }
     if let Some(dir) = &options.localfs_dir {
-        return Source::local(bootstrap, dir, dir);
+        return Ok((Source::local(bootstrap, dir, dir)?, None));
     }
     let path = global
         .config
         .as_deref()
         .context("--config or --localfs-dir is missing")?;
     let config = mounts::load_config(path)?;
-    Source::configured(bootstrap, &config)
+    Ok((Source::configured(bootstrap, &config)?, config.driver))
 }

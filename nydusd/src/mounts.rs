@@ -2,8 +2,12 @@
 //! and ready to be served.
 //!
 //! However an image was named, it becomes a [`Source`]; [`open`] turns that
-//! into the file system that [`fuse`](crate::fuse) answers from. Opening reads
-//! the bootstrap only: no blob is touched before somebody reads a file.
+//! into image and blobs, which the [`table`] of mounts has served by one of the
+//! drivers. Opening reads the bootstrap only: no blob is touched before somebody
+//! reads a file.
+
+pub(crate) mod saved;
+pub(crate) mod table;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,8 +23,6 @@ use storage::cache::CacheDir;
 use storage::oci::{self, Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
-use crate::fuse::RafsFs;
-use crate::fuse::node::Slot;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
@@ -174,11 +176,22 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
+/// An image, ready to be served.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// The metadata.
+    pub image: Arc<Image>,
+    /// One for each entry of the image's blob table, in its order.
+    pub blobs: Vec<Arc<Blob>>,
+    /// Where content is kept.
+    pub cache: CacheDir,
+}
+
 /// Opens image and blobs.
 ///
 /// # Errors
 /// When the bootstrap is unusable, or the cache directory is not writable.
-pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
+pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
@@ -198,5 +211,9 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         image.inode_count(),
         blobs.len()
     );
-    Ok(RafsFs::new(Slot::FIRST, image, blobs))
+    Ok(Opened {
+        image,
+        blobs,
+        cache,
+    })
 }

@@ -73,6 +73,34 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
     })
 }
 
+/// The parts of an image whose bootstrap is known, because a predecessor has mounted
+/// it: as [`source`], but without asking anybody what the name means today.
+///
+/// # Errors
+/// When credentials cannot be read, or the back end cannot be set up.
+pub(crate) fn again(options: &MountOptions, bootstrap: PathBuf) -> anyhow::Result<Source> {
+    if options.localfs_dir.is_some() {
+        let mut source = bootstrap_file(&bootstrap, options)?;
+        source.name.clone_from(&options.image);
+        return Ok(source);
+    }
+    let reference: ImageRef = options.image.parse()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the network runtime")?;
+    let access = Access {
+        plain_http: options.plain_http,
+        credentials: runtime.block_on(credentials_of(&reference))?,
+    };
+    Ok(Source {
+        name: options.image.clone(),
+        bootstrap,
+        backend: backend(&reference, &access)?,
+        cache_dir: options.cache_dir.clone(),
+    })
+}
+
 /// The bootstrap, and how the registry was spoken to.
 async fn find(
     options: &MountOptions,

@@ -20,15 +20,15 @@ use support::registry::{Auth, Registry};
 use crate::scene::{Build, Scene, assert_fails};
 
 /// An image in a registry, mounted through a proxy.
-struct Stage {
-    scene: Scene,
-    source: PathBuf,
-    proxy: Proxy,
+pub(crate) struct Stage {
+    pub scene: Scene,
+    pub source: PathBuf,
+    pub proxy: Proxy,
     _registry: Registry,
 }
 
 impl Stage {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let scene = Scene::new();
         let source = scene.small_tree();
         let tar = scene.path("layer.tar");
@@ -49,7 +49,7 @@ impl Stage {
         }
     }
 
-    fn image(&self) -> String {
+    pub(crate) fn image(&self) -> String {
         format!("{}/app:nydus", self.proxy.host())
     }
 
@@ -59,10 +59,12 @@ impl Stage {
         if cache.exists() {
             fs::remove_dir_all(cache).unwrap();
         }
-        self.scene.mount_image(&self.image())
+        let point = self.scene.new_point();
+        let mut command = self.scene.mount_command(&self.image(), &point);
+        self.scene.start(command.args(["--driver", "fuse"]), &point)
     }
 
-    fn assert_reads(&self, daemon: &Nydusd, name: &str) {
+    pub(crate) fn assert_reads(&self, daemon: &Nydusd, name: &str) {
         let expected = fs::read(self.source.join(name)).unwrap();
         assert!(
             fs::read(daemon.point().join(name)).unwrap() == expected,
@@ -169,6 +171,7 @@ fn a_damaged_blob_costs_only_the_damaged_chunk() {
 fn mount_with_own_cache(scene: &Scene, build: &Build) -> Nydusd {
     let point = scene.new_point();
     let mut command = scene.mount_command(build.bootstrap.to_str().unwrap(), &point);
+    command.args(["--driver", "fuse"]);
     scene.start(command.arg("--localfs-dir").arg(&build.blob_dir), &point)
 }
 

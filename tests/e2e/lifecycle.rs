@@ -7,9 +7,9 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use support::command::succeed;
-use support::mount::{Nydusd, unmount};
+use support::mount::{Nydusd, Overlay, unmount};
 
-use crate::scene::Scene;
+use crate::scene::{DRIVERS, Scene, assert_same_below};
 
 fn daemon(scene: &Scene) -> Nydusd {
     let source = scene.small_tree();
@@ -34,14 +34,49 @@ fn unmounting_from_outside_ends_it() {
     daemon.expect_clean_end().unwrap();
 }
 
+/// With both drivers: a stop takes nothing away from anybody, and says who it is.
 #[test]
-fn a_signal_ends_it_while_files_are_open() {
-    let scene = Scene::new();
-    let daemon = daemon(&scene);
-    let mut open = File::open(daemon.point().join("first")).unwrap();
-    daemon.stop().unwrap();
-    // What happens to the open file is the kernel's business; that it ends is ours.
-    drop(open.read(&mut [0; 16]));
+fn a_mount_in_use_goes_on_being_served() {
+    for driver in DRIVERS {
+        let scene = Scene::new();
+        let source = scene.small_tree();
+        let build = scene.create("image", &[], &source);
+        let mut daemon = scene.mount_with(driver, &build);
+        let mut open = File::open(daemon.point().join("first")).unwrap();
+        daemon.process().signal(Signal::SIGTERM).unwrap();
+        let me = format!("process {} (", std::process::id());
+        daemon
+            .process()
+            .wait_until(|process| process.log().contains("in use") && process.log().contains(&me))
+            .unwrap();
+        let mut bytes = Vec::new();
+        open.read_to_end(&mut bytes).unwrap();
+        assert!(bytes == fs::read(source.join("first")).unwrap(), "{driver}");
+        assert!(fs::read(daemon.point().join("second")).is_ok(), "{driver}");
+        drop(open);
+        daemon.stop().unwrap();
+    }
+}
+
+/// The kernel would unmount what lies below an overlay without a word.
+#[test]
+fn an_overlay_on_top_keeps_a_mount() {
+    for driver in DRIVERS {
+        let scene = Scene::new();
+        let source = scene.small_tree();
+        let build = scene.create("image", &[], &source);
+        let mut daemon = scene.mount_with(driver, &build);
+        let overlay = Overlay::mount(daemon.point(), &scene.dir("overlay")).unwrap();
+        daemon.process().signal(Signal::SIGTERM).unwrap();
+        let wanted = format!("overlay on {}", overlay.point().display());
+        daemon
+            .process()
+            .wait_until(|process| process.log().contains(&wanted))
+            .unwrap();
+        assert_same_below(&source, overlay.point());
+        drop(overlay);
+        daemon.stop().unwrap();
+    }
 }
 
 #[test]

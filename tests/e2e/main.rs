@@ -6,8 +6,10 @@
 //! - [`scene`]: what a test stands on: a directory, builds, mounts
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
+//! - [`erofs`]: images that the kernel serves, filled as they are read
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
+//! - [`kills`]: any one process of a daemon can die at any moment
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
@@ -22,10 +24,12 @@ mod bad_mount;
 mod bad_registry;
 mod convert;
 mod create;
+mod erofs;
 mod fixtures;
 mod help;
 mod kernel;
 mod kernel_matrix;
+mod kills;
 mod lifecycle;
 mod merge;
 mod scene;

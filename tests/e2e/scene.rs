@@ -13,6 +13,9 @@ use support::tree::nasty::{self, Options};
 use support::tree::{Detail, describe, difference};
 use tempfile::TempDir;
 
+/// What can serve a mount.
+pub(crate) const DRIVERS: [&str; 2] = ["erofs", "fuse"];
+
 /// A directory that goes away with the test.
 pub(crate) struct Scene {
     directory: TempDir,
@@ -107,6 +110,14 @@ impl Scene {
         self.start(command.arg("--mountpoint").arg(&point), &point)
     }
 
+    /// Mounts a build by the driver with this name, with this scene's cache.
+    pub(crate) fn mount_with(&self, driver: &str, build: &Build) -> Nydusd {
+        let point = self.new_point();
+        let mut command = self.mount_command(build.bootstrap.to_str().unwrap(), &point);
+        command.args(["--driver", driver, "--localfs-dir"]);
+        self.start(command.arg(&build.blob_dir), &point)
+    }
+
     /// The command that mounts `image` with this scene's cache on `point`.
     pub(crate) fn mount_command(&self, image: &str, point: &Path) -> Command {
         let mut command = nydusd().unwrap();
@@ -146,6 +157,19 @@ pub(crate) fn assert_same_tree(source: &Path, mount: &Path) {
     let expected = describe(source, Detail::All).unwrap();
     let actual = describe(mount, Detail::All).unwrap();
     if let Some(difference) = difference(&expected, &actual) {
+        panic!("trees differ:\n{difference}");
+    }
+}
+
+/// The same for everything below the roots: an overlay has a root of its own.
+#[track_caller]
+pub(crate) fn assert_same_below(source: &Path, mount: &Path) {
+    let below = |dir| {
+        let mut lines = describe(dir, Detail::All).unwrap();
+        lines.retain(|line| !line.contains("\"path\": \"/\""));
+        lines
+    };
+    if let Some(difference) = difference(&below(source), &below(mount)) {
         panic!("trees differ:\n{difference}");
     }
 }

@@ -47,6 +47,38 @@ impl Nydusd {
         &self.point
     }
 
+    /// Process id of the process that was started.
+    #[must_use]
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Process id of the worker; [`Nydusd::process`] is its keeper.
+    ///
+    /// # Errors
+    /// No worker has been started.
+    pub fn worker(&self) -> Result<u32> {
+        self.last_process("worker")
+    }
+
+    /// Process id of the last keeper that was started in the place of a dead one.
+    ///
+    /// # Errors
+    /// There was none.
+    pub fn next_keeper(&self) -> Result<u32> {
+        self.last_process("keeper")
+    }
+
+    fn last_process(&self, role: &str) -> Result<u32> {
+        let log = self.process.log();
+        let text = format!(" {role} is process ");
+        let (_, last) = log
+            .rsplit_once(&text)
+            .with_context(|| format!("no {role} in the log:\n{log}"))?;
+        let digits = last.split(|c: char| !c.is_ascii_digit()).next();
+        Ok(digits.unwrap_or_default().parse()?)
+    }
+
     /// The daemon itself.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
@@ -128,6 +160,52 @@ impl KernelMount {
 }
 
 impl Drop for KernelMount {
+    fn drop(&mut self) {
+        detach(&self.point);
+    }
+}
+
+/// An overlay, as a container's root is one.
+#[derive(Debug)]
+pub struct Overlay {
+    point: PathBuf,
+}
+
+impl Overlay {
+    /// Mounts one over the directory `lower`, with its own parts in `dir`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn mount(lower: &Path, dir: &Path) -> Result<Self> {
+        let [upper, work, point] = ["upper", "work", "merged"].map(|name| dir.join(name));
+        for part in [&upper, &work, &point] {
+            fs::create_dir_all(part)?;
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            lower.display(),
+            upper.display(),
+            work.display()
+        );
+        mount(
+            Some("overlay"),
+            &point,
+            Some("overlay"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .with_context(|| format!("cannot mount an overlay over {}", lower.display()))?;
+        Ok(Self { point })
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn point(&self) -> &Path {
+        &self.point
+    }
+}
+
+impl Drop for Overlay {
     fn drop(&mut self) {
         detach(&self.point);
     }

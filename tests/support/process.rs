@@ -77,6 +77,17 @@ impl Process {
         kill(pid_of(&self.child)?, signal).with_context(|| format!("cannot signal {}", self.name))
     }
 
+    /// Kills the program and everything it has started, at once, and waits for it.
+    ///
+    /// # Errors
+    /// It is gone already.
+    pub fn kill_group(&mut self) -> Result<()> {
+        killpg(pid_of(&self.child)?, Signal::SIGKILL)
+            .with_context(|| format!("cannot kill {}", self.name))?;
+        self.child.wait()?;
+        Ok(())
+    }
+
     /// How it ended, if it did.
     ///
     /// # Errors

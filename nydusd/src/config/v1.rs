@@ -2,7 +2,7 @@
 //! file-system settings at the top level. What production clients send.
 
 use super::section::Section;
-use super::{Config, ConfigError, Prefetch, backend, cache_type, file_cache};
+use super::{Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache};
 
 /// Largest unit of reading ahead, in bytes.
 const MAX_BATCH: u64 = 0x1000_0000;
@@ -40,11 +40,13 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
 
     top_level(root)?;
     let prefetch = prefetch(root)?;
+    let driver = driver(root)?;
     Ok(Config {
         id,
         backend,
         cache_dir,
         prefetch,
+        driver,
         warnings: Vec::new(),
     })
 }

@@ -1,7 +1,7 @@
 //! Configuration version 2, JSON or TOML: sections `backend`, `cache`, `rafs`.
 
 use super::section::Section;
-use super::{Config, ConfigError, Prefetch, backend, cache_type, file_cache};
+use super::{Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache};
 
 /// Largest unit of prefetching, in bytes.
 const MAX_BATCH: u64 = 0x1000_0000;
@@ -40,6 +40,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
 
     let mut section = root.required_section("rafs")?;
     let of_rafs = rafs(&mut section)?;
+    let driver = driver(&mut section)?;
     root.close(section);
 
     if root.section("overlay")?.is_some() {
@@ -53,6 +54,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
         backend,
         cache_dir,
         prefetch: of_rafs.or(of_cache),
+        driver,
         warnings: Vec::new(),
     })
 }

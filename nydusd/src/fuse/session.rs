@@ -9,11 +9,10 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{major, minor};
 
 /// Largest data of one request or reply, in bytes: 256 pages, the kernel's limit.
@@ -24,8 +23,6 @@ const HEADERS: usize = 4096;
 pub(crate) const BUFFER_SIZE: usize = MAX_DATA + HEADERS;
 /// Read-ahead window, in KiB: as much as one request carries.
 const READ_AHEAD_KIB: u32 = 1024;
-/// How long a mount that is busy is given before it is detached.
-const BUSY_WAIT: Duration = Duration::from_millis(200);
 
 /// A mounted FUSE file system.
 #[derive(Debug)]
@@ -38,15 +35,10 @@ impl Session {
     /// Mounts on `mountpoint`; requests wait until somebody reads [`Session::device`].
     ///
     /// # Errors
-    /// When the mount point is no directory, `/dev/fuse` cannot be opened or the
-    /// kernel refuses; the message says which, and what usually helps.
-    pub(crate) fn mount(mountpoint: &Path) -> anyhow::Result<Self> {
+    /// When the mount point is no directory, or the kernel refuses; the message says
+    /// which, and what usually helps.
+    pub(crate) fn mount(mountpoint: &Path, device: File) -> anyhow::Result<Self> {
         let mountpoint = check_mountpoint(mountpoint)?;
-        let device = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/fuse")
-            .context("cannot open /dev/fuse; load the kernel module with `modprobe fuse`")?;
         let options = format!(
             "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={BUFFER_SIZE}",
             device.as_raw_fd()
@@ -72,9 +64,41 @@ impl Session {
         Ok(Self { mountpoint, device })
     }
 
-    /// Where it is mounted, absolute.
-    pub(crate) fn mountpoint(&self) -> &Path {
-        &self.mountpoint
+    /// Opens the way to the kernel, for a mount that is still to be made.
+    ///
+    /// # Errors
+    /// When `/dev/fuse` cannot be opened.
+    pub(crate) fn open_device() -> anyhow::Result<File> {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .context("cannot open /dev/fuse; load the kernel module with `modprobe fuse`")
+    }
+
+    /// The mount of a predecessor.
+    pub(crate) fn adopt(mountpoint: &Path, device: File) -> Self {
+        Self {
+            mountpoint: mountpoint.to_owned(),
+            device,
+        }
+    }
+
+    /// Has the kernel send again what a predecessor had taken and not answered.
+    ///
+    /// # Errors
+    /// When the kernel cannot (before Linux 6.9), which leaves these requests waiting.
+    pub(crate) fn resend(&self) -> std::io::Result<()> {
+        use std::io::Write as _;
+        /// `FUSE_NOTIFY_RESEND`
+        const RESEND: u32 = 7;
+        let mut message = [0; 16];
+        let fields = message.split_at_mut(4);
+        fields.0.copy_from_slice(&native(16));
+        if let Some(code) = fields.1.first_chunk_mut() {
+            *code = native(RESEND);
+        }
+        (&self.device).write_all(&message)
     }
 
     /// The descriptor that requests are read from and replies written to.
@@ -83,49 +107,21 @@ impl Session {
     }
 
     /// Waits until the kernel and the threads behind [`Session::device`] agreed
-    /// on how to talk, then tunes what can only be tuned after that.
+    /// on how to talk, then tunes what can only be tuned after that. Returns the
+    /// device number of the file system.
     ///
     /// # Errors
     /// When the first request fails: nothing would work.
-    pub(crate) fn wait_until_served(&self) -> anyhow::Result<()> {
+    pub(crate) fn wait_until_served(&self) -> anyhow::Result<u64> {
         let root = std::fs::symlink_metadata(&self.mountpoint)
             .with_context(|| format!("{}: first request failed", self.mountpoint.display()))?;
         set_read_ahead(root.dev());
-        Ok(())
-    }
-
-    /// Unmounts. A file system in use is detached: it disappears from the mount
-    /// table now, and whoever still uses it gets errors once we are gone.
-    ///
-    /// # Errors
-    /// When the kernel refuses both.
-    pub(crate) fn unmount(&self) -> anyhow::Result<()> {
-        let name = self.mountpoint.display();
-        let flags = MntFlags::UMOUNT_NOFOLLOW;
-        let mut result = umount2(&self.mountpoint, flags);
-        if result == Err(Errno::EBUSY) {
-            // A process that just ended may hold its last descriptor for an instant.
-            std::thread::sleep(BUSY_WAIT);
-            result = umount2(&self.mountpoint, flags);
-        }
-        match result {
-            Ok(()) => Ok(()),
-            // Somebody was faster.
-            Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
-            Err(Errno::EBUSY) => {
-                tracing::warn!(
-                    "{name} is in use: detaching it; programs that still use it will see errors"
-                );
-                umount2(&self.mountpoint, flags | MntFlags::MNT_DETACH)
-                    .with_context(|| format!("cannot detach {name}"))
-            }
-            Err(errno) => Err(errno).with_context(|| format!("cannot unmount {name}")),
-        }
+        Ok(root.dev())
     }
 }
 
 /// The mount point as an absolute path without symbolic links.
-fn check_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn check_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
     let full = path
         .canonicalize()
         .map_err(|err| match err.raw_os_error() {
@@ -144,6 +140,14 @@ fn check_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
         bail!("mount point is the root of the system; choose a directory");
     }
     Ok(full)
+}
+
+#[allow(
+    clippy::host_endian_bytes,
+    reason = "the kernel's structures are native"
+)]
+fn native(number: u32) -> [u8; 4] {
+    number.to_ne_bytes()
 }
 
 /// Lets the kernel read as far ahead as one request can carry.

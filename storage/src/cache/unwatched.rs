@@ -39,7 +39,11 @@ fn exempt(file: &File) -> nix::Result<Option<File>> {
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let mark = MarkFlags::FAN_MARK_ADD;
     group.mark(mark, MaskFlags::FAN_OPEN, AT_FDCWD, Some(path.as_str()))?;
-    drop(open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?);
+    drop(open(
+        path.as_str(),
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?);
     for event in group.read_events()? {
         if let Some(fd) = event.fd()
             && let Ok(fd) = fd.try_clone_to_owned()

@@ -159,7 +159,6 @@ impl FileSystem for Stalled {
 /// Releases and detaches whatever happens, so that a failed test ends.
 struct Mounted {
     files: Arc<Stalled>,
-    session: Arc<Session>,
     workers: Option<Workers>,
     dir: tempfile::TempDir,
 }
@@ -167,12 +166,12 @@ struct Mounted {
 impl Mounted {
     fn new(threads: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let session = Arc::new(Session::mount(dir.path()).expect("needs root and /dev/fuse"));
+        let device = Session::open_device().expect("needs /dev/fuse");
+        let session = Arc::new(Session::mount(dir.path(), device).expect("needs root"));
         let files = Arc::new(Stalled::default());
         let workers = Some(Workers::start(&session, &files, threads).unwrap());
         Self {
             files,
-            session,
             workers,
             dir,
         }
@@ -186,7 +185,7 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         self.files.let_go();
-        let _ = self.session.unmount();
+        let _ = nix::mount::umount2(self.dir.path(), nix::mount::MntFlags::MNT_DETACH);
         if let Some(workers) = self.workers.take()
             && !std::thread::panicking()
         {

@@ -1,0 +1,129 @@
+//! What a worker leaves with the keeper about a mount: the note of a deposit.
+//!
+//! The descriptors that go with it, in this order:
+//!
+//! * FUSE: the bootstrap, `/dev/fuse`;
+//! * EROFS: the bootstrap, the lock of the mount's directory, the watch for its end
+//!   (once served), and the cache file of every blob.
+//!
+//! The deposit [`EVENTS`] has no note; with it are the fanotify group and the journal.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Source;
+use crate::driver::Driver;
+
+/// Name of the deposit with the fanotify group of all mounts.
+pub(crate) const EVENTS: &str = "events";
+/// Version of the note. Raised when an older reader would misunderstand.
+const VERSION: u32 = 1;
+
+/// How far a mount has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Phase {
+    /// It may be in the mount table, or not.
+    Mounting,
+    /// It works.
+    Served,
+}
+
+/// The note.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Saved {
+    version: u32,
+    /// Number of the mount in the daemon.
+    pub id: u64,
+    /// What serves it.
+    pub driver: Driver,
+    /// How far it has come.
+    pub phase: Phase,
+    /// The image as the user named it.
+    pub image: String,
+    /// The bootstrap that is served.
+    pub bootstrap: PathBuf,
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// Device number of the file system, once served.
+    pub device: u64,
+    /// Directory of an EROFS mount.
+    pub place: Option<PathBuf>,
+    /// Threads that answer FUSE requests.
+    pub threads: u16,
+}
+
+impl Saved {
+    /// Of a mount that is about to be made.
+    pub(crate) fn new(id: u64, driver: Driver, source: &Source, mountpoint: &Path) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            driver,
+            phase: Phase::Mounting,
+            image: source.name.clone(),
+            bootstrap: source.bootstrap.clone(),
+            mountpoint: mountpoint.to_owned(),
+            device: 0,
+            place: None,
+            threads: 4,
+        }
+    }
+
+    /// As text.
+    ///
+    /// # Errors
+    /// When a path is not UTF-8.
+    pub(crate) fn note(&self) -> anyhow::Result<String> {
+        serde_json::to_string(self).context("cannot save the state of a mount")
+    }
+
+    /// From text.
+    ///
+    /// # Errors
+    /// When it is none, or of a newer version.
+    pub(crate) fn parse(note: &str) -> anyhow::Result<Self> {
+        let saved: Self =
+            serde_json::from_str(note).context("the saved state of a mount cannot be read")?;
+        ensure!(
+            saved.version == VERSION,
+            "the saved state of a mount has version {}, this program knows {VERSION}",
+            saved.version
+        );
+        Ok(saved)
+    }
+}
+
+/// Name of the deposit of a mount.
+pub(crate) fn name(id: u64) -> String {
+    format!("mount-{id}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_of_another_version_are_refused() {
+        let saved = Saved {
+            version: VERSION,
+            id: 3,
+            driver: Driver::Erofs,
+            phase: Phase::Served,
+            image: "image".into(),
+            bootstrap: "/b".into(),
+            mountpoint: "/m".into(),
+            device: 40,
+            place: None,
+            threads: 4,
+        };
+        let note = saved.note().unwrap();
+        assert_eq!(Saved::parse(&note).unwrap(), saved);
+        let newer = note.replace("\"version\":1", "\"version\":2");
+        let error = Saved::parse(&newer).unwrap_err().to_string();
+        assert!(error.contains("version 2"), "{error}");
+        assert!(Saved::parse("{}").is_err());
+    }
+}

@@ -1,0 +1,539 @@
+//! What is mounted where, and how each mount begins and ends.
+//!
+//! A [`Mount`] is an image on a mount point, served by one of two drivers. It ends
+//! when its file system is gone, not when it is unmounted: an overlay or another
+//! namespace can keep a file system after that, and must be served until it lets go.
+//! So taking down is a request ([`Mount::take_down`]), and the end is an event that
+//! comes from whoever serves ([`Ended`]).
+//!
+//! Before anything is mounted, what a successor would need is left with the keeper
+//! ([`saved`]); [`Mounts::recover`] is that successor's side.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail, ensure};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
+use storage::blob::Blob;
+
+use super::saved::{self, EVENTS, Phase, Saved};
+use super::{Opened, Source, open};
+use crate::busy::{self, Holder};
+use crate::driver::{Choice, Driver, choose};
+use crate::erofs::ErofsMount;
+use crate::erofs::events::{self, Inheritance, Watch};
+use crate::erofs::journal::{FileId, Journal};
+use crate::erofs::place::{self, Place};
+use crate::erofs::sys::{self, EndWatch};
+use crate::fuse::RafsFs;
+use crate::fuse::node::Slot;
+use crate::fuse::session::{Session, check_mountpoint};
+use crate::fuse::workers::Workers;
+use crate::keeper::{Deposit, Deposits, Holder as Keeper, process};
+use crate::mountinfo;
+
+/// How long a mount that is busy is given: a process that just ended may hold its
+/// last descriptor for an instant.
+const BUSY_WAIT: Duration = Duration::from_millis(200);
+
+/// Lowest number that no process of ours uses for something lasting.
+const FIRST_FREE: i32 = process::CHANNEL;
+
+/// How a mount is to be made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wish {
+    /// Which driver.
+    pub driver: Choice,
+    /// Threads that answer FUSE requests.
+    pub threads: u16,
+}
+
+/// The end of the mount with this number: nobody uses its file system any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ended(pub u64);
+
+/// One image on one mount point.
+#[derive(Debug)]
+pub(crate) struct Mount {
+    /// Number of the mount in this daemon.
+    pub id: u64,
+    /// What serves it.
+    pub driver: Driver,
+    /// The image as the user named it.
+    pub image: String,
+    /// Where it is mounted, absolute.
+    pub mountpoint: PathBuf,
+    /// Device number of the file system, as `stat` shows it.
+    device: u64,
+    serving: Serving,
+}
+
+/// What can be said of a mount before it is made.
+struct Plan<'a> {
+    id: u64,
+    source: &'a Source,
+    mountpoint: &'a Path,
+    threads: u16,
+}
+
+#[derive(Debug)]
+enum Serving {
+    Fuse,
+    Erofs(Arc<ErofsMount>),
+}
+
+/// What came of a request to take a mount down.
+#[derive(Debug)]
+pub(crate) enum TakenDown {
+    /// It is unmounted here. Its [`Ended`] follows when nobody else has it.
+    Unmounted,
+    /// It is as it was, because of these.
+    InUse(Vec<Holder>),
+}
+
+/// All mounts of a daemon.
+pub(crate) struct Mounts {
+    mounts: Mutex<Vec<Arc<Mount>>>,
+    /// Of all mounts that the kernel serves; made for the first.
+    watch: Mutex<Option<Arc<Watch>>>,
+    keeper: Arc<Keeper>,
+    ended: Arc<dyn Fn(Ended) + Send + Sync>,
+}
+
+impl fmt::Debug for Mounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mounts")
+            .field("mounts", &self.mounts)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Mounts {
+    /// None yet.
+    ///
+    /// * `ended`: is told of the end of every mount.
+    pub(crate) fn new(keeper: Arc<Keeper>, ended: impl Fn(Ended) + Send + Sync + 'static) -> Self {
+        Self {
+            mounts: Mutex::default(),
+            watch: Mutex::default(),
+            keeper,
+            ended: Arc::new(ended),
+        }
+    }
+
+    /// Mounts an image, and serves it from now on.
+    ///
+    /// # Errors
+    /// When it cannot be opened or mounted; nothing stays mounted then.
+    pub(crate) fn mount(
+        &self,
+        source: &Source,
+        mountpoint: &Path,
+        wish: Wish,
+    ) -> anyhow::Result<Arc<Mount>> {
+        let mountpoint = check_mountpoint(mountpoint)?;
+        let opened = open(source)?;
+        // Nothing must be built on a mount that reads zeros.
+        place::sweep(opened.cache.path())?;
+        let plan = Plan {
+            id: lock(&self.mounts).last().map_or(1, |last| last.id + 1),
+            source,
+            mountpoint: &mountpoint,
+            threads: wish.threads,
+        };
+        let mut driver = choose(wish.driver, opened.cache.path());
+        let mut served = None;
+        if driver == Driver::Erofs {
+            match self.erofs(&plan, &opened) {
+                Err(error) if wish.driver == Choice::Auto => {
+                    tracing::warn!("driver fuse after all: {error:#}");
+                    driver = Driver::Fuse;
+                }
+                done => served = Some(done),
+            }
+        }
+        let served = served.unwrap_or_else(|| self.fuse(&plan, opened));
+        let (device, serving) = served.inspect_err(|_| {
+            self.keeper.withdraw(&saved::name(plan.id));
+        })?;
+        Ok(self.enter(&plan, driver, device, serving))
+    }
+
+    fn enter(&self, plan: &Plan<'_>, driver: Driver, device: u64, serving: Serving) -> Arc<Mount> {
+        let mount = Arc::new(Mount {
+            id: plan.id,
+            driver,
+            image: plan.source.name.clone(),
+            mountpoint: plan.mountpoint.to_owned(),
+            device,
+            serving,
+        });
+        lock(&self.mounts).push(Arc::clone(&mount));
+        mount
+    }
+
+    /// All of them.
+    pub(crate) fn list(&self) -> Vec<Arc<Mount>> {
+        lock(&self.mounts).clone()
+    }
+
+    /// Forgets a mount that has ended, and releases what it needed.
+    pub(crate) fn forget(&self, ended: Ended) -> Option<Arc<Mount>> {
+        let mut mounts = lock(&self.mounts);
+        let at = mounts.iter().position(|mount| mount.id == ended.0)?;
+        let mount = mounts.remove(at);
+        drop(mounts);
+        if let Serving::Erofs(erofs) = &mount.serving {
+            erofs.release();
+        }
+        self.keeper.withdraw(&saved::name(mount.id));
+        Some(mount)
+    }
+
+    /// Ends the table: nothing is mounted any more, and nothing will be.
+    pub(crate) fn close(&self) {
+        self.keeper.withdraw(EVENTS);
+    }
+
+    fn fuse(&self, plan: &Plan<'_>, opened: Opened) -> anyhow::Result<(u64, Serving)> {
+        let device = Session::open_device()?;
+        let bootstrap = File::open(&plan.source.bootstrap)?;
+        let mut saved = Saved::new(plan.id, Driver::Fuse, plan.source, plan.mountpoint);
+        saved.threads = plan.threads;
+        let save = |saved: &Saved| {
+            let files = [bootstrap.as_fd(), device.as_fd()];
+            self.keeper
+                .deposit(&saved::name(plan.id), saved.note()?, &files)
+        };
+        save(&saved)?;
+        let files = RafsFs::new(Slot::FIRST, opened.image, opened.blobs);
+        let session = Session::mount(plan.mountpoint, device.try_clone()?)?;
+        let session = Arc::new(session);
+        let served = self
+            .serve_fuse(plan.id, &session, files, plan.threads)
+            .and_then(|()| session.wait_until_served())
+            .and_then(|number| {
+                saved.phase = Phase::Served;
+                saved.device = number;
+                save(&saved)?;
+                Ok((number, Serving::Fuse))
+            });
+        served.inspect_err(|_| {
+            // Half a mount helps nobody; the first error is the one to report.
+            detach(plan.mountpoint);
+        })
+    }
+
+    /// Starts the threads.
+    fn serve_fuse(
+        &self,
+        id: u64,
+        session: &Arc<Session>,
+        files: RafsFs,
+        threads: u16,
+    ) -> anyhow::Result<()> {
+        let workers = Workers::start(session, &Arc::new(files), threads)?;
+        self.spawn(id, move || workers.join())
+    }
+
+    fn erofs(&self, plan: &Plan<'_>, opened: &Opened) -> anyhow::Result<(u64, Serving)> {
+        let watch = self.watch()?;
+        let place = Place::new(opened.cache.path(), &plan.source.bootstrap, plan.mountpoint)?;
+        let blobs = &opened.blobs;
+        if let Err(error) = watch.add(blobs) {
+            watch.remove(blobs);
+            place.remove();
+            return Err(error);
+        }
+        let mut saved = Saved::new(plan.id, Driver::Erofs, plan.source, plan.mountpoint);
+        saved.bootstrap = place.bootstrap().to_owned();
+        saved.place = Some(place.dir().to_owned());
+        self.save_erofs(&saved, &place, blobs, None)?;
+        let mount = ErofsMount::mount(place, blobs.clone(), &watch, plan.mountpoint)?;
+        saved.phase = Phase::Served;
+        saved.device = mount.device();
+        self.save_erofs(&saved, mount.place(), blobs, Some(mount.end()))
+            .inspect_err(|_| detach(plan.mountpoint))?;
+        self.serve_erofs(plan.id, mount)
+    }
+
+    /// Leaves everything that keeps the mount answered: the lock of its directory, and
+    /// the cache files, which nobody may delete while they are open.
+    fn save_erofs(
+        &self,
+        saved: &Saved,
+        place: &Place,
+        blobs: &[Arc<Blob>],
+        end: Option<&EndWatch>,
+    ) -> anyhow::Result<()> {
+        let bootstrap = File::open(place.bootstrap())?;
+        let mut files = vec![bootstrap.as_fd(), place.lock().as_fd()];
+        files.extend(end.map(AsFd::as_fd));
+        for blob in blobs {
+            files.push(
+                blob.cache_file()
+                    .context("a cache file is missing")?
+                    .as_fd(),
+            );
+        }
+        self.keeper
+            .deposit(&saved::name(saved.id), saved.note()?, &files)
+    }
+
+    fn serve_erofs(&self, id: u64, mount: ErofsMount) -> anyhow::Result<(u64, Serving)> {
+        let mount = Arc::new(mount);
+        let device = mount.device();
+        let watched = Arc::clone(&mount);
+        self.spawn(id, move || while !watched.wait_for_end(u16::MAX) {})?;
+        Ok((device, Serving::Erofs(mount)))
+    }
+
+    fn watch(&self) -> anyhow::Result<Arc<Watch>> {
+        let mut watch = lock(&self.watch);
+        if let Some(watch) = &*watch {
+            return Ok(Arc::clone(watch));
+        }
+        let new = Watch::new()?;
+        self.keeper
+            .deposit(EVENTS, String::new(), &new.descriptors())?;
+        new.start(None)?;
+        *watch = Some(Arc::clone(&new));
+        Ok(new)
+    }
+
+    /// Tells of the end of a mount when `end` returns.
+    fn spawn(&self, id: u64, end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+        let ended = Arc::clone(&self.ended);
+        std::thread::Builder::new()
+            .name("watch".to_owned())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                end();
+                ended(Ended(id));
+            })
+            .context("cannot start a thread")?;
+        Ok(())
+    }
+
+    /// Goes on serving what a predecessor has mounted.
+    ///
+    /// * `inherited`: what it has left with the keeper;
+    /// * `source`: finds the parts of an image again, given its saved state.
+    ///
+    /// # Errors
+    /// When a mount cannot be served. It stays with the keeper, for the next worker.
+    pub(crate) fn recover(
+        &self,
+        inherited: Inherited,
+        source: impl Fn(&Saved) -> anyhow::Result<Source>,
+    ) -> anyhow::Result<()> {
+        if let Some((watch, _)) = &inherited.events {
+            *lock(&self.watch) = Some(Arc::clone(watch));
+        }
+        for (name, deposit) in inherited.mounts {
+            let saved = Saved::parse(&deposit.note)?;
+            let point = saved.mountpoint.display().to_string();
+            if saved.phase == Phase::Mounting {
+                tracing::warn!("{point}: its worker died while it mounted; taking it down");
+                detach_if(&saved);
+                self.keeper.withdraw(&name);
+                continue;
+            }
+            self.recover_one(&saved, deposit, &source)
+                .with_context(|| format!("cannot go on serving {point}"))?;
+            tracing::info!("{point} is served again");
+        }
+        if let Some((watch, events)) = inherited.events {
+            watch.start(Some(events))?;
+        }
+        Ok(())
+    }
+
+    fn recover_one(
+        &self,
+        saved: &Saved,
+        deposit: Deposit,
+        source: impl Fn(&Saved) -> anyhow::Result<Source>,
+    ) -> anyhow::Result<()> {
+        let mut files = deposit.files.into_iter().map(File::from);
+        let mut next = || files.next().context("a descriptor is missing");
+        let bootstrap = next()?;
+        let mut source = source(saved)?;
+        // The very file, whatever is in its place by now.
+        source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
+        source.name.clone_from(&saved.image);
+        let opened = open(&source)?;
+        let plan = Plan {
+            id: saved.id,
+            source: &source,
+            mountpoint: &saved.mountpoint,
+            threads: saved.threads,
+        };
+        let (device, serving) = match saved.driver {
+            Driver::Fuse => {
+                let session = Arc::new(Session::adopt(&saved.mountpoint, next()?));
+                let files = RafsFs::new(Slot::FIRST, opened.image, opened.blobs);
+                self.serve_fuse(saved.id, &session, files, saved.threads)?;
+                if let Err(error) = session.resend() {
+                    tracing::error!("requests in flight wait for ever: {error}");
+                }
+                (saved.device, Serving::Fuse)
+            }
+            Driver::Erofs => {
+                let lock = next()?;
+                let end = EndWatch::adopt(next()?.into());
+                for blob in &opened.blobs {
+                    let file = blob.cache_file().context("a cache file is missing")?;
+                    // Another file would be filled, and the mounted one read.
+                    ensure!(
+                        FileId::of(file)? == FileId::of(&next()?)?,
+                        "the cache file of blob {} was replaced",
+                        blob.info().id
+                    );
+                }
+                let watch = lock_watch(&self.watch)?;
+                watch.add(&opened.blobs)?;
+                let dir = saved.place.clone().context("no directory was saved")?;
+                let place = Place::adopt(dir, saved.bootstrap.clone(), lock);
+                let mount = ErofsMount::adopt(
+                    place,
+                    opened.blobs,
+                    &watch,
+                    &saved.mountpoint,
+                    saved.device,
+                    end,
+                );
+                self.serve_erofs(saved.id, mount)?
+            }
+        };
+        self.enter(&plan, saved.driver, device, serving);
+        Ok(())
+    }
+}
+
+fn lock_watch(watch: &Mutex<Option<Arc<Watch>>>) -> anyhow::Result<Arc<Watch>> {
+    lock(watch).clone().context("the event group was not saved")
+}
+
+/// What a predecessor has left.
+#[derive(Debug, Default)]
+pub(crate) struct Inherited {
+    /// Its event group, and the events that it had not answered.
+    events: Option<(Arc<Watch>, Inheritance)>,
+    mounts: Vec<(String, Deposit)>,
+}
+
+impl Inherited {
+    /// Takes stock. Call before the process has opened anything else: the numbers of the
+    /// descriptors that came with unanswered events must not be in use.
+    ///
+    /// # Errors
+    /// Something in it cannot be understood.
+    pub(crate) fn take(deposits: &mut Deposits) -> anyhow::Result<Self> {
+        let events = deposits.get(EVENTS).map(|deposit| deposit.files.as_slice());
+        let journal = match events {
+            None => None,
+            Some([_, journal]) => Some(journal),
+            Some(files) => bail!("{} descriptors for events", files.len()),
+        };
+        let least = match journal {
+            None => FIRST_FREE,
+            Some(journal) => {
+                let (journal, slots) = Journal::adopt(journal.try_clone()?)?;
+                events::highest_number(&journal, &slots).max(FIRST_FREE) + 1
+            }
+        };
+        // What was handed over got the lowest numbers, whoever had them before.
+        for deposit in deposits.values_mut() {
+            let files = std::mem::take(&mut deposit.files).into_iter();
+            let lifted = files.map(|file| sys::lift(file, least));
+            deposit.files = lifted
+                .collect::<Result<_, _>>()
+                .context("cannot move a descriptor")?;
+        }
+        let mut inherited = Self::default();
+        for (name, deposit) in &*deposits {
+            let copies = deposit.files.iter().map(|file| {
+                let copy = file.try_clone()?;
+                // It may have got one of the numbers, too.
+                sys::lift(copy, least)
+            });
+            let copy = Deposit {
+                note: deposit.note.clone(),
+                files: copies.collect::<Result<_, _>>()?,
+            };
+            if name == EVENTS {
+                let [group, journal] = <[OwnedFd; 2]>::try_from(copy.files)
+                    .map_err(|files| anyhow!("{} descriptors for events", files.len()))?;
+                let (journal, slots) = Journal::adopt(journal)?;
+                let events = Inheritance::occupy(&journal, slots, least)?;
+                inherited.events = Some((Watch::with(group, journal), events));
+            } else {
+                inherited.mounts.push((name.clone(), copy));
+            }
+        }
+        Ok(inherited)
+    }
+}
+
+impl Mount {
+    /// Unmounts, unless somebody uses the mount: then it stays, and goes on being served.
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason.
+    pub(crate) fn take_down(&self) -> anyhow::Result<TakenDown> {
+        // The kernel would not object, and leave the overlay without a server.
+        let overlays = busy::overlays(&self.mountpoint);
+        if !overlays.is_empty() {
+            return Ok(TakenDown::InUse(overlays));
+        }
+        let flags = MntFlags::UMOUNT_NOFOLLOW;
+        let mut result = umount2(&self.mountpoint, flags);
+        if result == Err(Errno::EBUSY) {
+            std::thread::sleep(BUSY_WAIT);
+            result = umount2(&self.mountpoint, flags);
+        }
+        match result {
+            // Or somebody was faster.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(TakenDown::Unmounted),
+            Err(Errno::EBUSY) => Ok(TakenDown::InUse(busy::processes(self.device))),
+            Err(errno) => {
+                Err(errno).with_context(|| format!("cannot unmount {}", self.mountpoint.display()))
+            }
+        }
+    }
+
+    /// Who still uses the file system after it was unmounted here.
+    pub(crate) fn left_over(&self) -> Vec<Holder> {
+        let mut holders = busy::overlays(&self.mountpoint);
+        holders.extend(busy::copies(self.device));
+        holders.extend(busy::processes(self.device));
+        holders
+    }
+}
+
+/// Takes down what is mounted at `mountpoint`, whoever uses it.
+fn detach(mountpoint: &Path) {
+    let _ = umount2(mountpoint, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+}
+
+/// Takes down a half-made mount, if it got that far.
+fn detach_if(saved: &Saved) {
+    let kind = match saved.driver {
+        Driver::Fuse => "fuse",
+        Driver::Erofs => "erofs",
+    };
+    if mountinfo::at(&saved.mountpoint).is_some_and(|entry| entry.kind == kind) {
+        detach(&saved.mountpoint);
+    }
+}
+
+/// The state is valid whatever a panicking thread did.
+fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
