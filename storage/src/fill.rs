@@ -5,6 +5,9 @@
 //! chunks while they stream in (`unpack`). Then it waits for the chunks that
 //! other readers were fetching already (`flight`).
 //!
+//! Between processes that share the cache directory, a lock per chunk does the same
+//! (`machine`).
+//!
 //! Promises: a chunk is fetched once, however many readers wait; its waiters go on
 //! as soon as it is done, not when the request is; nothing is served or marked
 //! ready unverified; no lock is held during network or disk I/O; a failure leaves
@@ -14,6 +17,7 @@
 //! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece.
 
 mod flight;
+mod machine;
 mod plan;
 mod recent;
 mod unpack;
@@ -25,6 +29,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 pub(crate) use flight::{Claim, Flights, Outcome};
+use machine::Locked;
 use plan::{Member, Piece};
 use recent::Recent;
 use unpack::{Job, Unpacker};
@@ -254,10 +259,24 @@ impl<'a> Filler<'a> {
 
     /// Delivers claimed chunks from wherever they are cheapest.
     fn lead(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
-        let jobs = jobs
-            .into_iter()
-            .filter_map(|job| self.without_local(job, request))
-            .collect();
+        let mut ours = Vec::new();
+        let mut elsewhere = Vec::new();
+        for job in jobs {
+            let Some(job) = self.without_local(job, request) else {
+                continue;
+            };
+            match self.lock(job, request) {
+                Locked::Ours(job) => ours.push(job),
+                Locked::Elsewhere(job) => elsewhere.push(job),
+                Locked::Done => {}
+            }
+        }
+        self.fetch(ours, request);
+        // Only now: whoever waits for another process holds nothing that one may want.
+        self.await_other_processes(elsewhere, request);
+    }
+
+    fn fetch(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
         for (range, jobs) in plan::units(jobs, |job: &Job<'_>| &job.stored) {
             self.fetch_unit(range, jobs.into(), request);
         }
@@ -291,7 +310,7 @@ impl<'a> Filler<'a> {
             add(&self.metrics.recheck_failures, 1);
             return None;
         }
-        files.map.mark(member.index);
+        files.believe(member.index, member.size);
         add(&self.metrics.chunks_rechecked, 1);
         Some(Outcome::Stored)
     }

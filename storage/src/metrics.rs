@@ -76,6 +76,7 @@ metrics! {
     unwritable: Gauge, "cache.unwritable", "blobs", "Open blobs whose cache files cannot be written at the moment.";
     verify_failures: Counter, "fill.verify_failures", "chunks", "Chunks that did not decode or did not match their digest.";
     waits: Counter, "fill.waits", "waits", "Times a reader waited for a chunk that another one fetched.";
+    waits_for_processes: Counter, "fill.waits_for_processes", "waits", "Times chunks were left to another process that was fetching them.";
     wait_time: Counter, "fill.wait_time", "nanoseconds", "Time that readers spent in these waits.";
 }
 
