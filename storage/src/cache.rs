@@ -11,11 +11,13 @@
 //! directory: bits are shared, and a file is only ever replaced, never shortened.
 //!
 //! Where to read next: `data_file` for how files are opened, `files` for how they are
-//! used, `vouched` for why one image may believe what another one fetched, `locks` for
+//! used, `gc` for how the directory is kept within limits, `vouched` for why one image may believe what another one fetched, `locks` for
 //! what processes agree on.
 
 mod data_file;
 mod files;
+mod gc;
+mod inventory;
 mod locks;
 mod vouched;
 
@@ -25,6 +27,8 @@ use std::path::{Path, PathBuf};
 
 pub use files::CacheState;
 pub(crate) use files::{BlobFiles, OpenFiles};
+pub use gc::{Collected, Limits, Removal};
+pub use inventory::{CachedBlob, Usage};
 pub(crate) use locks::ChunkLock;
 
 use crate::blob_id::BlobId;
@@ -70,6 +74,8 @@ struct Inner {
     path: PathBuf,
     boot: BootId,
     metrics: Arc<Metrics>,
+    limits: Limits,
+    upkeep: gc::Upkeep,
 }
 
 impl CacheDir {
@@ -89,17 +95,33 @@ impl CacheDir {
     /// # Errors
     /// As for [`CacheDir::open`].
     pub fn open_with(path: &Path, metrics: Arc<Metrics>) -> Result<Self, CacheError> {
+        Self::open_limited(path, metrics, Limits::default())
+    }
+
+    /// The same, with other limits than the usual ones. Limits are kept by every
+    /// process for itself: let those that share a directory have the same.
+    ///
+    /// # Errors
+    /// As for [`CacheDir::open`].
+    pub fn open_limited(
+        path: &Path,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+    ) -> Result<Self, CacheError> {
         let boot = BootId::current().unwrap_or_else(|error| {
             tracing::warn!(%error, "no boot id: cached chunks are checked before they are used");
             BootId::unknown()
         });
-        Self::open_in_boot(path, metrics, boot)
+        let dir = Self::open_in_boot(path, metrics, boot, limits)?;
+        dir.look_again();
+        Ok(dir)
     }
 
     pub(crate) fn open_in_boot(
         path: &Path,
         metrics: Arc<Metrics>,
         boot: BootId,
+        limits: Limits,
     ) -> Result<Self, CacheError> {
         use std::os::unix::fs::DirBuilderExt as _;
         fs::DirBuilder::new()
@@ -114,6 +136,8 @@ impl CacheDir {
             path,
             boot,
             metrics,
+            limits,
+            upkeep: gc::Upkeep::default(),
         })))
     }
 

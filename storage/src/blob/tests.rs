@@ -10,7 +10,7 @@ use std::thread;
 use super::*;
 use crate::backend::{BackendError, Fetch, Sink, Stop};
 use crate::blob_writer::{BlobOptions, BlobWriter, ChunkData, PreparedChunk};
-use crate::cache::CacheDir;
+use crate::cache::{CacheDir, Limits};
 use crate::metrics::Metrics;
 use crate::ready_map::BootId;
 use crate::sync::{AtomicU64, Mutex, lock};
@@ -601,8 +601,15 @@ fn chunks_that_no_file_refers_to_are_left_out() {
 fn after_a_reboot_good_chunks_are_believed_and_lost_ones_fetched() {
     let sample = sample(zstd(), &[60_000; 8]);
     let dir = tempfile::tempdir().unwrap();
-    let in_boot =
-        |boot| CacheDir::open_in_boot(dir.path(), Arc::default(), BootId::test(boot)).unwrap();
+    let in_boot = |boot| {
+        CacheDir::open_in_boot(
+            dir.path(),
+            Arc::default(),
+            BootId::test(boot),
+            Limits::default(),
+        )
+        .unwrap()
+    };
     let backend = Arc::new(Faulty {
         data: sample.file.clone(),
         ..Faulty::default()

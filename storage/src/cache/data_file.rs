@@ -194,7 +194,11 @@ impl<'a> Attempt<'a> {
             }
         }
         // From here on nobody deletes the files; nobody does now, who would be opening.
-        locks::try_lock(&self.data, locks::IN_USE, Mode::Shared).map_err(self.failed("locking"))?;
+        if !locks::try_lock(&self.data, locks::IN_USE, Mode::Shared)
+            .map_err(self.failed("locking"))?
+        {
+            return Ok(Err(Step::Again));
+        }
         map.open(&self.paths.suspects)
             .map(Ok)
             .map_err(opening(&self.paths.map))
@@ -232,7 +236,7 @@ fn open_data(path: &Path) -> io::Result<File> {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
+pub(super) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -7,11 +7,11 @@
 //! Promises: bytes first, then the bit; questions take no lock; trouble is reported
 //! when it begins and when it ends, not in between.
 
-use std::fs::File;
+use std::fs::{File, FileTimes};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::data_file::{self, Paths};
 use super::locks::ChunkLock;
@@ -36,6 +36,9 @@ const MAX_GENERATIONS: usize = 8;
 /// Most bytes that closing a blob waits for to reach the disk. Beyond that, chunks are
 /// checked after a restart of the machine: cheaper than to hold up an unmount.
 const MAX_SYNC_AT_CLOSE: u64 = 64 << 20;
+
+/// After that time without a write, hardly anything is left to wait for.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// Whether the cache of a blob takes new chunks.
 #[derive(Clone, Debug)]
@@ -82,13 +85,30 @@ struct Trouble {
 
 impl OpenFiles {
     pub(super) fn new(data: File, map: ReadyMap, paths: Paths) -> Self {
-        Self {
+        let files = Self {
             data,
             map,
             paths,
             damaged: AtomicBool::new(false),
             unsynced: AtomicU64::new(0),
-        }
+        };
+        files.touch();
+        files
+    }
+
+    /// Takes note that the blob is used now, for the next one who needs space.
+    fn touch(&self) {
+        // Not the time of the last read, which many systems do not keep.
+        let now = FileTimes::new().set_accessed(SystemTime::now());
+        let _ = self.data.set_times(now);
+    }
+
+    /// Whether the last write is so long ago that the system has put it on the disk
+    /// by itself, usually.
+    fn is_idle(&self) -> bool {
+        let written = self.data.metadata().and_then(|meta| meta.modified());
+        let age = written.ok().and_then(|at| at.elapsed().ok());
+        age.is_some_and(|age| age > IDLE)
     }
 
     /// Marks a chunk of an earlier boot that was found good.
@@ -195,10 +215,15 @@ impl BlobFiles {
         };
         if let Err(source) = files.store(index, plain_offset, bytes, self.size) {
             let error = CacheError::new(&files.paths.data, "writing a chunk", source);
+            if error.source.kind() == io::ErrorKind::StorageFull {
+                // Blobs that nobody uses may make room for this one.
+                self.dir.look_again();
+            }
             self.note_failure(&error);
             return Err(error);
         }
         self.note_success();
+        self.dir.wrote(as_u64(bytes.len()));
         Ok(())
     }
 
@@ -296,8 +321,10 @@ impl BlobFiles {
 impl Drop for BlobFiles {
     fn drop(&mut self) {
         if let Some(files) = self.get() {
+            let idle = files.is_idle();
+            files.touch();
             let unsynced = files.unsynced.load(Ordering::Relaxed);
-            if unsynced > 0 && unsynced <= MAX_SYNC_AT_CLOSE {
+            if unsynced > 0 && (idle || unsynced <= MAX_SYNC_AT_CLOSE) {
                 // If it fails, chunks are checked after a restart of the machine.
                 if let Err(error) = files.sync() {
                     tracing::debug!(blob = %self.blob, %error, "cannot sync the cache file");

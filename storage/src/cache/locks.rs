@@ -50,18 +50,7 @@ pub(super) enum Mode {
 /// # Errors
 /// If the file system has no locks, or the file is not open for writing.
 pub(super) fn try_lock(file: &File, name: u64, mode: Mode) -> io::Result<bool> {
-    let kind = match mode {
-        Mode::Shared => libc::F_RDLCK,
-        Mode::Exclusive => libc::F_WRLCK,
-        Mode::Unlocked => libc::F_UNLCK,
-    };
-    let lock = libc::flock {
-        l_type: i16::try_from(kind).map_err(io::Error::other)?,
-        l_whence: i16::try_from(libc::SEEK_SET).map_err(io::Error::other)?,
-        l_start: i64::try_from(name).map_err(io::Error::other)?,
-        l_len: 1,
-        l_pid: 0,
-    };
+    let lock = range(name, mode)?;
     loop {
         return match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
             Ok(_) => Ok(true),
@@ -70,6 +59,31 @@ pub(super) fn try_lock(file: &File, name: u64, mode: Mode) -> io::Result<bool> {
             Err(errno) => Err(errno.into()),
         };
     }
+}
+
+/// Whether another open file has the lock, in any mode.
+///
+/// # Errors
+/// If the file system has no locks.
+pub(super) fn is_locked(file: &File, name: u64) -> io::Result<bool> {
+    let mut lock = range(name, Mode::Exclusive)?;
+    fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn range(name: u64, mode: Mode) -> io::Result<libc::flock> {
+    let kind = match mode {
+        Mode::Shared => libc::F_RDLCK,
+        Mode::Exclusive => libc::F_WRLCK,
+        Mode::Unlocked => libc::F_UNLCK,
+    };
+    Ok(libc::flock {
+        l_type: i16::try_from(kind).map_err(io::Error::other)?,
+        l_whence: i16::try_from(libc::SEEK_SET).map_err(io::Error::other)?,
+        l_start: i64::try_from(name).map_err(io::Error::other)?,
+        l_len: 1,
+        l_pid: 0,
+    })
 }
 
 /// The right to open, replace or delete the files of a blob, until dropped.

@@ -8,7 +8,7 @@ use crate::units::ChunkIndex;
 use crate::{Compressor, Digest, Digester};
 use std::fs::File;
 
-fn info(size: u64) -> BlobInfo {
+pub(super) fn info(size: u64) -> BlobInfo {
     BlobInfo {
         id: BlobId::new("blob").unwrap(),
         chunk_size: 4096,
@@ -27,7 +27,7 @@ fn info(size: u64) -> BlobInfo {
 }
 
 /// An image that says `seed` about every chunk it knows.
-struct Says {
+pub(super) struct Says {
     seed: u8,
     knows: std::ops::Range<u32>,
     shift: u64,
@@ -46,7 +46,7 @@ impl ChunkDigests for Says {
     }
 }
 
-fn image(seed: u8, knows: std::ops::Range<u32>) -> Arc<Says> {
+pub(super) fn image(seed: u8, knows: std::ops::Range<u32>) -> Arc<Says> {
     let shift = 0;
     Arc::new(Says { seed, knows, shift })
 }
@@ -245,7 +245,15 @@ fn a_data_file_that_is_shortened_under_us_is_replaced() {
 #[test]
 fn after_a_clean_end_another_boot_believes_what_was_stored() {
     let top = tempfile::tempdir().unwrap();
-    let boot = |run| CacheDir::open_in_boot(top.path(), Arc::default(), BootId::test(run)).unwrap();
+    let boot = |run| {
+        CacheDir::open_in_boot(
+            top.path(),
+            Arc::default(),
+            BootId::test(run),
+            Limits::default(),
+        )
+        .unwrap()
+    };
     let files = open(&boot(1), SIZE);
     files.store(c(1), 4096, &[7; 4096]).unwrap();
     assert!(!open(&boot(2), SIZE).is_ready(c(1)), "not on the disk yet");
