@@ -317,6 +317,7 @@ impl Blob {
             digests: &*self.digests,
             state: &self.fill,
             metrics: self.cache.metrics(),
+            memory: self.cache.memory(),
         }
     }
 

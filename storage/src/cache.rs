@@ -32,6 +32,7 @@ pub use inventory::{CachedBlob, Usage};
 pub(crate) use locks::ChunkLock;
 
 use crate::blob_id::BlobId;
+use crate::budget::Budget;
 use crate::metrics::Metrics;
 use crate::ready_map::BootId;
 use crate::sync::{Arc, AtomicU64, Ordering};
@@ -65,6 +66,17 @@ impl CacheError {
     }
 }
 
+/// How a cache directory is used.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Where things are counted.
+    pub metrics: Arc<Metrics>,
+    /// How large the cache may become.
+    pub limits: Limits,
+    /// Memory for fetches; give all directories of a process the same.
+    pub memory: Budget,
+}
+
 /// A directory with cached blobs. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct CacheDir(Arc<Inner>);
@@ -73,8 +85,7 @@ pub struct CacheDir(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     boot: BootId,
-    metrics: Arc<Metrics>,
-    limits: Limits,
+    settings: Settings,
     upkeep: gc::Upkeep,
 }
 
@@ -95,33 +106,32 @@ impl CacheDir {
     /// # Errors
     /// As for [`CacheDir::open`].
     pub fn open_with(path: &Path, metrics: Arc<Metrics>) -> Result<Self, CacheError> {
-        Self::open_limited(path, metrics, Limits::default())
+        let settings = Settings {
+            metrics,
+            ..Settings::default()
+        };
+        Self::open_as(path, settings)
     }
 
-    /// The same, with other limits than the usual ones. Limits are kept by every
+    /// The same, with other settings than the usual ones. Limits are kept by every
     /// process for itself: let those that share a directory have the same.
     ///
     /// # Errors
     /// As for [`CacheDir::open`].
-    pub fn open_limited(
-        path: &Path,
-        metrics: Arc<Metrics>,
-        limits: Limits,
-    ) -> Result<Self, CacheError> {
+    pub fn open_as(path: &Path, settings: Settings) -> Result<Self, CacheError> {
         let boot = BootId::current().unwrap_or_else(|error| {
             tracing::warn!(%error, "no boot id: cached chunks are checked before they are used");
             BootId::unknown()
         });
-        let dir = Self::open_in_boot(path, metrics, boot, limits)?;
+        let dir = Self::open_in_boot(path, settings, boot)?;
         dir.look_again();
         Ok(dir)
     }
 
     pub(crate) fn open_in_boot(
         path: &Path,
-        metrics: Arc<Metrics>,
+        settings: Settings,
         boot: BootId,
-        limits: Limits,
     ) -> Result<Self, CacheError> {
         use std::os::unix::fs::DirBuilderExt as _;
         fs::DirBuilder::new()
@@ -135,8 +145,7 @@ impl CacheDir {
         Ok(Self(Arc::new(Inner {
             path,
             boot,
-            metrics,
-            limits,
+            settings,
             upkeep: gc::Upkeep::default(),
         })))
     }
@@ -150,7 +159,12 @@ impl CacheDir {
     /// What is counted about the blobs of this directory.
     #[must_use]
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.0.metrics
+        &self.0.settings.metrics
+    }
+
+    /// Memory for fetches into this directory.
+    pub(crate) fn memory(&self) -> &Budget {
+        &self.0.settings.memory
     }
 
     /// The file with the uncompressed address space of a blob. An image that

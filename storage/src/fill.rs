@@ -14,7 +14,8 @@
 //! no trace, and stays with the chunks it concerns.
 //!
 //! The work runs on the caller's thread. Memory per caller: one request of at most
-//! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece.
+//! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece; of all callers
+//! together: what the [`Budget`] allows.
 
 mod flight;
 mod machine;
@@ -37,6 +38,7 @@ use unpack::{Job, Unpacker};
 use crate::backend::{Backend, BackendError, Fetch, Priority};
 use crate::blob_id::BlobId;
 use crate::blob_info::BlobInfo;
+use crate::budget::{Budget, Grant};
 use crate::cache::BlobFiles;
 use crate::digest::{ChunkDigests, Digest};
 use crate::error::ReadError;
@@ -72,6 +74,7 @@ pub(crate) struct Filler<'a> {
     pub(crate) digests: &'a dyn ChunkDigests,
     pub(crate) state: &'a FillState,
     pub(crate) metrics: &'a Metrics,
+    pub(crate) memory: &'a Budget,
 }
 
 /// What to do with chunks that cannot be written to the cache file.
@@ -184,8 +187,13 @@ impl<'a> Filler<'a> {
                 return Err(self.stopped());
             }
             let pieces = self.next_pieces(&mut at, range.end, request)?;
+            if pieces.is_empty() {
+                continue;
+            }
+            // Before the claim: nobody waits for chunks of a reader without memory.
+            let memory = self.memory(plan::memory(&pieces), request.priority)?;
             let jobs = self.claim(pieces, request.priority);
-            self.lead(jobs, request);
+            self.lead(jobs, memory, request);
             request.check()?;
         }
         Ok(())
@@ -257,8 +265,19 @@ impl<'a> Filler<'a> {
             .collect()
     }
 
+    fn memory(&self, bytes: u64, priority: Priority) -> Result<Grant, ReadError> {
+        let start = Instant::now();
+        let stop = &self.state.stopped;
+        let grant = self
+            .memory
+            .take(bytes, priority, start + WAIT_LIMIT, stop)
+            .ok_or_else(|| self.no_result(ChunkIndex::new(0), start.elapsed()))?;
+        add_time(&self.metrics.memory_wait_time, start);
+        Ok(grant)
+    }
+
     /// Delivers claimed chunks from wherever they are cheapest.
-    fn lead(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
+    fn lead(&self, jobs: Vec<Job<'a>>, memory: Grant, request: &mut Request<'_>) {
         let mut ours = Vec::new();
         let mut elsewhere = Vec::new();
         for job in jobs {
@@ -272,6 +291,7 @@ impl<'a> Filler<'a> {
             }
         }
         self.fetch(ours, request);
+        drop(memory);
         // Only now: whoever waits for another process holds nothing that one may want.
         self.await_other_processes(elsewhere, request);
     }

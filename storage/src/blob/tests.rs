@@ -10,7 +10,7 @@ use std::thread;
 use super::*;
 use crate::backend::{BackendError, Fetch, Sink, Stop};
 use crate::blob_writer::{BlobOptions, BlobWriter, ChunkData, PreparedChunk};
-use crate::cache::{CacheDir, Limits};
+use crate::cache::{CacheDir, Settings};
 use crate::metrics::Metrics;
 use crate::ready_map::BootId;
 use crate::sync::{AtomicU64, Mutex, lock};
@@ -406,6 +406,38 @@ fn one_fetch_per_chunk_of_several_processes() {
 }
 
 #[test]
+fn memory_of_all_readers_together_is_bounded() {
+    let sample = sample(zstd(), &[60_000; 40]);
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        // One chunk at a time, at most.
+        memory: crate::budget::Budget::new(100_000),
+        ..Settings::default()
+    };
+    let cache = CacheDir::open_as(dir.path(), settings).unwrap();
+    let backend = Arc::new(Faulty {
+        data: sample.file.clone(),
+        ..Faulty::default()
+    });
+    let blob = open(&sample, &cache, &backend);
+    thread::scope(|scope| {
+        for reader in 0..8_u64 {
+            let (blob, sample) = (&blob, &sample);
+            scope.spawn(move || {
+                for step in 0..40_u64 {
+                    let start = (step * 7 + reader * 5) % 40 * 61_440;
+                    check(blob, sample, start..start + 60_000).unwrap();
+                }
+            });
+        }
+        while !blob.is_complete() {
+            assert!(cache.memory().used() <= 100_000);
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
 fn a_process_that_stops_in_the_middle_of_a_fetch_holds_nobody_up_for_long() {
     let bench = Bench::new(sample(zstd(), &[60_000; 3]));
     bench.check(0..1).unwrap();
@@ -601,15 +633,8 @@ fn chunks_that_no_file_refers_to_are_left_out() {
 fn after_a_reboot_good_chunks_are_believed_and_lost_ones_fetched() {
     let sample = sample(zstd(), &[60_000; 8]);
     let dir = tempfile::tempdir().unwrap();
-    let in_boot = |boot| {
-        CacheDir::open_in_boot(
-            dir.path(),
-            Arc::default(),
-            BootId::test(boot),
-            Limits::default(),
-        )
-        .unwrap()
-    };
+    let in_boot =
+        |boot| CacheDir::open_in_boot(dir.path(), Settings::default(), BootId::test(boot)).unwrap();
     let backend = Arc::new(Faulty {
         data: sample.file.clone(),
         ..Faulty::default()

@@ -170,6 +170,7 @@ impl CacheDir {
     pub(super) fn wrote(&self, bytes: u64) {
         let step = self
             .0
+            .settings
             .limits
             .max_bytes
             .map_or(STEP, |max| STEP.min(max / 16));
@@ -209,7 +210,7 @@ impl CacheDir {
     }
 
     fn is_within(&self, total: u64) -> Result<bool, CacheError> {
-        let limits = &self.0.limits;
+        let limits = &self.0.settings.limits;
         if limits.max_bytes.is_some_and(|max| total > max) {
             return Ok(false);
         }

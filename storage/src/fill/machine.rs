@@ -87,13 +87,23 @@ impl<'a> Filler<'a> {
             }
             if ours.is_empty() {
                 thread::sleep(POLL);
-            } else {
-                // Whoever began it died, or failed.
-                self.fetch(ours, request);
             }
+            // Whoever began it died, or failed.
+            self.fetch_late(ours, request);
         }
         add_time(&self.metrics.wait_time, start);
-        self.fetch(waiting, request);
+        self.fetch_late(waiting, request);
+    }
+
+    /// Fetches what should have come from another process.
+    fn fetch_late(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
+        for job in jobs {
+            let bytes = job.stored.end.saturating_sub(job.stored.start);
+            match self.memory(bytes, request.priority) {
+                Ok(_memory) => self.fetch(vec![job], request),
+                Err(error) => job.fail(&error, request),
+            }
+        }
     }
 
     /// Ends the flights of chunks that another process has published.

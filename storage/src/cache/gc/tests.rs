@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cache::tests::{image, info};
-use crate::cache::{BlobFiles, CacheState};
+use crate::cache::{BlobFiles, CacheState, Settings};
 use crate::metrics::Metrics;
 use crate::ready_map::BootId;
 use crate::sync::Arc;
@@ -22,7 +22,11 @@ fn dir(path: &Path, max_bytes: Option<u64>, min_free_percent: u8) -> CacheDir {
         max_bytes,
         min_free_percent,
     };
-    let dir = CacheDir::open_in_boot(path, Arc::default(), BootId::test(1), limits).unwrap();
+    let settings = Settings {
+        limits,
+        ..Settings::default()
+    };
+    let dir = CacheDir::open_in_boot(path, settings, BootId::test(1)).unwrap();
     dir.0.upkeep.running.store(true, Ordering::Relaxed);
     dir
 }
@@ -178,7 +182,12 @@ fn writing_beyond_the_cap_makes_room_by_itself() {
         min_free_percent: 0,
     };
     let metrics = Arc::new(Metrics::default());
-    let cache = CacheDir::open_limited(top.path(), Arc::clone(&metrics), limits).unwrap();
+    let with = |limits| Settings {
+        metrics: Arc::clone(&metrics),
+        limits,
+        ..Settings::default()
+    };
+    let cache = CacheDir::open_as(top.path(), with(limits)).unwrap();
     for name in NAMES {
         let files = open(&cache, name);
         (0..CHUNKS).for_each(|i| store(&files, i));
@@ -199,7 +208,7 @@ fn writing_beyond_the_cap_makes_room_by_itself() {
         max_bytes: Some(1),
         min_free_percent: 0,
     };
-    let strict = CacheDir::open_limited(top.path(), Arc::default(), everything).unwrap();
+    let strict = CacheDir::open_as(top.path(), with(everything)).unwrap();
     let start = Instant::now();
     while strict.has_room() {
         assert!(start.elapsed() < Duration::from_secs(20), "not noticed");
