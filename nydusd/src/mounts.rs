@@ -192,6 +192,7 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    explore(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
@@ -199,4 +200,20 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         blobs.len()
     );
     Ok(RafsFs::new(Slot::FIRST, image, blobs))
+}
+
+/// Finds out in the background which chunks belong together.
+fn explore(image: &Arc<Image>, blobs: &[Arc<Blob>]) {
+    let (image, blobs) = (Arc::clone(image), blobs.to_vec());
+    let thread = std::thread::Builder::new().name("explore".to_owned());
+    let started = thread.spawn(move || match image.neighbourhoods() {
+        Ok(found) => blobs
+            .iter()
+            .zip(found)
+            .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
+        Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+    });
+    if let Err(error) = started {
+        tracing::debug!("no speculation on neighbours: {error}");
+    }
 }

@@ -31,6 +31,7 @@ pub mod metrics;
 pub mod oci;
 mod readahead;
 pub mod ready_map;
+pub mod speculate;
 pub mod sync;
 pub mod units;
 
