@@ -75,6 +75,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Memory for fetches; give all directories of a process the same.
     pub memory: Budget,
+    /// The run of the machine, if it is not what the system says: for tests.
+    pub boot: Option<BootId>,
 }
 
 /// A directory with cached blobs. Cheap to clone.
@@ -119,12 +121,15 @@ impl CacheDir {
     /// # Errors
     /// As for [`CacheDir::open`].
     pub fn open_as(path: &Path, settings: Settings) -> Result<Self, CacheError> {
-        let boot = BootId::current().unwrap_or_else(|error| {
-            tracing::warn!(%error, "no boot id: cached chunks are checked before they are used");
-            BootId::unknown()
-        });
+        let current = || {
+            BootId::current().unwrap_or_else(|error| {
+                tracing::warn!(%error, "no boot id: cached chunks are checked before they are used");
+                BootId::unknown()
+            })
+        };
+        let boot = settings.boot.unwrap_or_else(current);
         let dir = Self::open_in_boot(path, settings, boot)?;
-        dir.look_again();
+        dir.look_soon();
         Ok(dir)
     }
 

@@ -18,7 +18,11 @@
 //! together: what the [`Budget`] allows.
 
 mod flight;
+#[cfg(test)]
+mod flight_tests;
 mod machine;
+#[cfg(test)]
+mod model;
 mod plan;
 mod recent;
 mod unpack;
@@ -45,7 +49,7 @@ use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::metrics::{Metrics, add, add_time};
-use crate::sync::{Arc, AtomicBool, Ordering};
+use crate::sync::{self, Arc, AtomicBool, Ordering};
 use crate::units::ChunkIndex;
 
 /// Longest wait for another reader's fetch. Above the deadline of any backend, so

@@ -13,6 +13,14 @@
 //! The container format of a blob file (chunk tables, TOC, tar headers) is in
 //! [`mod@format`]; it is shared with the builder.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::duplicate_mod,
+        reason = "fill::model compiles a module once more, with the locks of a model checker"
+    )
+)]
+
 pub mod algorithm;
 pub mod backend;
 pub mod blob;

@@ -73,6 +73,12 @@ impl BootId {
         Self([0; 16])
     }
 
+    /// A run of the machine that never was: for tests.
+    #[must_use]
+    pub const fn invented(number: u8) -> Self {
+        Self([number; 16])
+    }
+
     fn parse(text: &str) -> Option<Self> {
         let hex = text.trim().replace('-', "");
         let number = u128::from_str_radix(&hex, 16)
@@ -82,12 +88,6 @@ impl BootId {
             // One byte of the number: the truncation is meant.
             u8::try_from((number >> (8 * i)) & 0xff).unwrap_or(0)
         })))
-    }
-
-    /// An identifier for tests.
-    #[cfg(test)]
-    pub(crate) const fn test(run: u8) -> Self {
-        Self([run; 16])
     }
 }
 

@@ -633,8 +633,9 @@ fn chunks_that_no_file_refers_to_are_left_out() {
 fn after_a_reboot_good_chunks_are_believed_and_lost_ones_fetched() {
     let sample = sample(zstd(), &[60_000; 8]);
     let dir = tempfile::tempdir().unwrap();
-    let in_boot =
-        |boot| CacheDir::open_in_boot(dir.path(), Settings::default(), BootId::test(boot)).unwrap();
+    let in_boot = |boot| {
+        CacheDir::open_in_boot(dir.path(), Settings::default(), BootId::invented(boot)).unwrap()
+    };
     let backend = Arc::new(Faulty {
         data: sample.file.clone(),
         ..Faulty::default()

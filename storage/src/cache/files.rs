@@ -215,10 +215,6 @@ impl BlobFiles {
         };
         if let Err(source) = files.store(index, plain_offset, bytes, self.size) {
             let error = CacheError::new(&files.paths.data, "writing a chunk", source);
-            if error.source.kind() == io::ErrorKind::StorageFull {
-                // Blobs that nobody uses may make room for this one.
-                self.dir.look_again();
-            }
             self.note_failure(&error);
             return Err(error);
         }
@@ -292,6 +288,10 @@ impl BlobFiles {
     }
 
     fn note_failure(&self, error: &CacheError) {
+        if error.source.kind() == io::ErrorKind::StorageFull {
+            // Blobs that nobody uses may make room for this one.
+            self.dir.look_again();
+        }
         let first = lock(&self.trouble).error.replace(error.clone()).is_none();
         self.troubled.store(true, Ordering::Relaxed);
         if first {

@@ -43,6 +43,14 @@ pub struct Limits {
     pub min_free_percent: u8,
 }
 
+impl Limits {
+    /// Nothing is ever deleted.
+    pub const NONE: Self = Self {
+        max_bytes: None,
+        min_free_percent: 0,
+    };
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -176,19 +184,31 @@ impl CacheDir {
             .map_or(STEP, |max| STEP.min(max / 16));
         let upkeep = &self.0.upkeep;
         if upkeep.written.fetch_add(bytes, Ordering::Relaxed) + bytes >= step.max(1) {
-            self.collect_in_background();
+            self.collect_in_background(Duration::ZERO);
+        }
+    }
+
+    /// Looks, once the blobs are open for which the directory was opened: what a mount
+    /// is about to use must not go.
+    pub(super) fn look_soon(&self) {
+        if self.0.settings.limits != Limits::NONE {
+            self.collect_in_background(PAUSE);
         }
     }
 
     /// Looks at the directory, unless that was done a moment ago.
     pub(super) fn look_again(&self) {
+        if self.0.settings.limits == Limits::NONE {
+            return;
+        }
         let recent = lock(&self.0.upkeep.last).is_some_and(|last| last.elapsed() < PAUSE);
         if !recent {
-            self.collect_in_background();
+            self.collect_in_background(Duration::ZERO);
         }
     }
 
-    fn collect_in_background(&self) {
+    /// * `after`: time to wait first.
+    fn collect_in_background(&self, after: Duration) {
         let upkeep = &self.0.upkeep;
         if upkeep.running.swap(true, Ordering::Relaxed) {
             return;
@@ -198,6 +218,7 @@ impl CacheDir {
         let dir = self.clone();
         let thread = thread::Builder::new().name("cache-gc".to_owned());
         let started = thread.spawn(move || {
+            thread::sleep(after);
             if let Err(error) = dir.gc() {
                 tracing::warn!(%error, cause = %error.source, "cannot look at the cache");
             }

@@ -245,8 +245,9 @@ fn a_data_file_that_is_shortened_under_us_is_replaced() {
 #[test]
 fn after_a_clean_end_another_boot_believes_what_was_stored() {
     let top = tempfile::tempdir().unwrap();
-    let boot =
-        |run| CacheDir::open_in_boot(top.path(), Settings::default(), BootId::test(run)).unwrap();
+    let boot = |run| {
+        CacheDir::open_in_boot(top.path(), Settings::default(), BootId::invented(run)).unwrap()
+    };
     let files = open(&boot(1), SIZE);
     files.store(c(1), 4096, &[7; 4096]).unwrap();
     assert!(!open(&boot(2), SIZE).is_ready(c(1)), "not on the disk yet");

@@ -63,7 +63,7 @@ proptest! {
     fn agrees_with_arrays_of_bool(ops in prop::collection::vec(op(), 0..60)) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("map");
-        let mut boot = BootId::test(1);
+        let mut boot = BootId::invented(1);
         let mut run = 1;
         let mut file = 1;
         let mut map = fresh(&path, CHUNKS, &boot);
@@ -104,7 +104,7 @@ proptest! {
                         synced = None;
                     } else {
                         run += 1;
-                        boot = BootId::test(run);
+                        boot = BootId::invented(run);
                     }
                     map = open(&path, CHUNKS, data(file), &boot);
                     if synced != Some(ready) {
@@ -137,7 +137,7 @@ proptest! {
 fn the_file_is_what_other_tools_expect() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("map");
-    let map = fresh(&path, 9, &BootId::test(1));
+    let map = fresh(&path, 9, &BootId::invented(1));
     map.mark(ChunkIndex::new(1));
     map.mark(ChunkIndex::new(8));
     let bytes = fs::read(&path).unwrap();
@@ -159,7 +159,7 @@ fn the_file_is_what_other_tools_expect() {
 fn a_torn_or_foreign_map_counts_as_empty() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("map");
-    let boot = BootId::test(1);
+    let boot = BootId::invented(1);
     let good = {
         let map = fresh(&path, 20, &boot);
         (0..20).for_each(|i| {
@@ -204,7 +204,7 @@ fn a_torn_or_foreign_map_counts_as_empty() {
 fn a_reset_never_empties_the_map_of_another_process() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("map");
-    let boot = BootId::test(1);
+    let boot = BootId::invented(1);
     let old = fresh(&path, 8, &boot);
     old.mark(ChunkIndex::new(3));
     let new = open(&path, 8, data(2), &boot);
@@ -217,7 +217,7 @@ fn a_reset_never_empties_the_map_of_another_process() {
 #[test]
 fn threads_lose_no_bit() {
     let dir = tempfile::tempdir().unwrap();
-    let map = fresh(&dir.path().join("map"), 4000, &BootId::test(1));
+    let map = fresh(&dir.path().join("map"), 4000, &BootId::invented(1));
     let news: usize = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4_u32)
             .map(|thread| {

@@ -26,7 +26,7 @@ fn dir(path: &Path, max_bytes: Option<u64>, min_free_percent: u8) -> CacheDir {
         limits,
         ..Settings::default()
     };
-    let dir = CacheDir::open_in_boot(path, settings, BootId::test(1)).unwrap();
+    let dir = CacheDir::open_in_boot(path, settings, BootId::invented(1)).unwrap();
     dir.0.upkeep.running.store(true, Ordering::Relaxed);
     dir
 }
