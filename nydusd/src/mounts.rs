@@ -19,6 +19,7 @@ use storage::cache::CacheDir;
 use storage::oci::{self, Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
+use crate::follow;
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
 use crate::prefetch::{self, Wish};
@@ -204,6 +205,7 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     explore(&image, &blobs);
+    follow::start(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
