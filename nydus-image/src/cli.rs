@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::{Parser, Subcommand};
 
 use crate::{check, convert, create, logging, merge, version};
@@ -51,6 +52,19 @@ enum Command {
     Merge(merge::Args),
     Check(check::Args),
     Convert(convert::Args),
+    #[command(hide = true)]
+    Compact(Anything),
+    #[command(hide = true)]
+    Chunkdict(Anything),
+    #[command(hide = true)]
+    Optimize(Anything),
+}
+
+/// Options of a command that other builders have: never looked at.
+#[derive(Debug, clap::Args)]
+struct Anything {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    words: Vec<std::ffi::OsString>,
 }
 
 impl Cli {
@@ -65,6 +79,15 @@ impl Cli {
             Some(Command::Merge(args)) => merge::run(&args),
             Some(Command::Check(args)) => check::run(&args),
             Some(Command::Convert(args)) => convert::run(&args),
+            Some(Command::Compact(_)) => {
+                bail!("compact is not supported: the blobs of an image are not rewritten")
+            }
+            Some(Command::Chunkdict(_)) => {
+                bail!("chunkdict is not supported: any bootstrap serves as --chunk-dict")
+            }
+            Some(Command::Optimize(_)) => {
+                bail!("optimize is not supported: choose what to prefetch with --prefetch-policy")
+            }
             None => print_usage(),
         }
     }
