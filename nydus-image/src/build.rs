@@ -168,7 +168,7 @@ fn run<W: Write + Send>(
         let sequencer = scope.spawn(|| {
             // Dropped at the end: that frees the buffers of items still coming.
             let done = done;
-            let result = sequencer::run(&done, layer, writer);
+            let result = sequencer::run(&done, layer, &engine.workers, options.blob(), writer);
             stopped.store(true, Ordering::Relaxed);
             result
         });

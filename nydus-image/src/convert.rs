@@ -9,6 +9,8 @@
 //! size of layers; temporary files have no names, and a target layout that was not
 //! completed is left as it was, also after Ctrl-C.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -20,7 +22,9 @@ use storage::{Compressor, Digester};
 
 use crate::build::BuildOptions;
 use crate::cli::{UsageError, parse_size};
+use crate::create::is_chunk_size;
 use crate::pipeline::Engine;
+use crate::prefetch::{Policy, Prefetch};
 
 mod bootstrap;
 mod config;
@@ -106,6 +110,22 @@ pub struct Args {
     )]
     chunk_size: u32,
 
+    /// Bytes of small files that are compressed together, at most the chunk size;
+    /// 0 for never
+    #[arg(
+        long,
+        value_name = "batch-size",
+        default_value = "0x40000",
+        value_parser = parse_size,
+        help_heading = "Format"
+    )]
+    batch_size: u32,
+
+    /// File with the absolute paths, one a line, of files and directories that the
+    /// daemon shall fetch right after mounting; `-` for standard input
+    #[arg(long, value_name = "file", help_heading = "Format")]
+    prefetch_patterns: Option<PathBuf>,
+
     /// Layers to convert at a time
     #[arg(
         long,
@@ -138,6 +158,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let source = parse_reference(&args.source)?;
     let target = parse_reference(&args.target)?;
     check_references(&source, &target)?;
+    let options = options(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Mostly waiting; the work is done by threads of their own.
         .worker_threads(2)
@@ -147,7 +168,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let interrupted = interruption()?;
     let summary = runtime.block_on(async {
         tokio::select! {
-            result = convert(args, &source, &target) => result,
+            result = convert(args, options, &source, &target) => result,
             // Dropping the conversion stops its transfers and removes its output.
             _ = interrupted => bail!("interrupted"),
         }
@@ -205,7 +226,12 @@ fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 /// Converts, and returns the line that sums it up.
-async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::Result<String> {
+async fn convert(
+    args: &Args,
+    options: BuildOptions,
+    source: &ImageRef,
+    target: &ImageRef,
+) -> anyhow::Result<String> {
     let start = Instant::now();
     let work_dir = args.work_dir.clone().unwrap_or_else(std::env::temp_dir);
     // Better now than after the first download.
@@ -223,7 +249,7 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
         from,
         to: Images::open(target, &access).await?,
         engine: Engine::for_this_machine(),
-        options: options(args),
+        options,
         work_dir,
         progress: Progress::new(),
     };
@@ -243,15 +269,45 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
     ))
 }
 
-fn options(args: &Args) -> BuildOptions {
-    BuildOptions {
+fn options(args: &Args) -> anyhow::Result<BuildOptions> {
+    check_sizes(args)?;
+    Ok(BuildOptions {
         compressor: args.compressor,
         digester: args.digester,
         chunk_size: args.chunk_size,
+        // A chunk size below the default batch size makes that pointless, not wrong.
+        batch_size: args.batch_size.min(args.chunk_size),
         blob_toc: true,
         inline_bootstrap: true,
+        prefetch: prefetch(args)?,
         ..BuildOptions::default()
-    }
+    })
+}
+
+fn check_sizes(args: &Args) -> Result<(), UsageError> {
+    let problem = if !is_chunk_size(args.chunk_size) {
+        format!("--chunk-size {:#x}", args.chunk_size)
+    } else if args.batch_size != 0 && !is_chunk_size(args.batch_size) {
+        format!("--batch-size {:#x}", args.batch_size)
+    } else {
+        return Ok(());
+    };
+    Err(UsageError(format!(
+        "{problem} is not a power of two from 0x1000 to 0x1000000"
+    )))
+}
+
+fn prefetch(args: &Args) -> anyhow::Result<Prefetch> {
+    let Some(path) = &args.prefetch_patterns else {
+        return Ok(Prefetch::default());
+    };
+    let failed = || format!("cannot read the prefetch patterns {}", path.display());
+    let read: Box<dyn BufRead> = if path.as_os_str() == "-" {
+        Box::new(std::io::stdin().lock())
+    } else {
+        Box::new(BufReader::new(File::open(path).with_context(failed)?))
+    };
+    Prefetch::read(Policy::Fs, read).with_context(failed)
 }
 
 /// How the source is recorded in the result. Paths of this machine are nobody's business,

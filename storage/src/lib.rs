@@ -29,6 +29,7 @@ pub mod format;
 pub mod mapped;
 pub mod metrics;
 pub mod oci;
+mod readahead;
 pub mod ready_map;
 pub mod sync;
 pub mod units;

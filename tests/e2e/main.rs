@@ -9,6 +9,7 @@
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`lifecycle`]: daemons end cleanly, however they are told
+//! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
 
 #![allow(
@@ -28,3 +29,4 @@ mod kernel_matrix;
 mod lifecycle;
 mod merge;
 mod scene;
+mod unpack;

@@ -66,6 +66,10 @@ impl Temporary {
         })
     }
 
+    pub(super) fn file(&self) -> &File {
+        self.file.as_file()
+    }
+
     pub(super) fn file_mut(&mut self) -> &mut File {
         self.file.as_file_mut()
     }
