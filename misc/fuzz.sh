@@ -37,9 +37,10 @@ if [ "$sanitizer" != none ]; then
 fi
 host=$(rustc -vV | sed -n 's/^host: //p')
 # A target of its own, although it is the host: build scripts and macros stay as they are.
-# The seeds are made by the same build, so everything is compiled once.
-RUSTFLAGS=$flags cargo build --locked --release --target "$host" --bins --example seeds
-built=target/$host/release
+# The seeds are made by the same build, so everything is compiled once. The lock file
+# pins what it knows; a dependency that the product gained since is added, not refused.
+RUSTFLAGS=$flags cargo build --release --target "$host" --bins --example seeds
+built=../../target/fuzz/$host/release
 # Without arguments after CORPUS only what the repository itself has.
 "$built/examples/seeds" corpus ${fixtures:+"$fixtures"}
 

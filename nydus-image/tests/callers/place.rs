@@ -87,15 +87,19 @@ impl Place {
 
     /// Packs a directory as `NAME.tar` and `NAME.tar.gz`.
     pub(crate) fn archive(&self, directory: &str, name: &str) {
-        let mut archive = tar::Builder::new(Vec::new());
-        archive.follow_symlinks(false);
-        archive.append_dir_all(".", self.path(directory)).unwrap();
-        let tar = archive.into_inner().unwrap();
+        // The `tar` crate would store the content of every hard link.
+        let tar = Command::new("tar")
+            .arg("--directory")
+            .arg(self.path(directory))
+            .args(["--sort=name", "--create", "--file=-", "."])
+            .output()
+            .unwrap();
+        assert!(tar.status.success(), "{tar:?}");
         let gzip = File::create(self.path(&format!("{name}.tar.gz"))).unwrap();
         let mut gzip = GzEncoder::new(gzip, Compression::default());
-        gzip.write_all(&tar).unwrap();
+        gzip.write_all(&tar.stdout).unwrap();
         gzip.finish().unwrap();
-        fs::write(self.path(&format!("{name}.tar")), tar).unwrap();
+        fs::write(self.path(&format!("{name}.tar")), tar.stdout).unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

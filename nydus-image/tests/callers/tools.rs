@@ -107,15 +107,12 @@ fn inspect() {
         ] {
             assert!(rows[0][key].is_u64(), "{rows}");
         }
-        assert_eq!(
-            run.stdout,
-            serde_json::to_string(&rows).unwrap(),
-            "compact, no newline"
-        );
+        let compact = |text: &str| !text.contains(|c: char| c.is_ascii_whitespace());
+        assert!(compact(&run.stdout), "{:?}", run.stdout);
     }
     let stats: serde_json::Value =
         serde_json::from_str(&place.run("inspect boot -R stats").ok("stats").stdout).unwrap();
-    assert_eq!(stats, serde_json::json!({"inodes_count": 6}));
+    assert_eq!(stats, serde_json::json!({"inodes_count": 7}));
     let prefetch = place.run("inspect boot -R prefetch").ok("prefetch").stdout;
     assert_eq!(prefetch, "[]");
     for request in ["bogus", "'chunk x'", "'stat'"] {
