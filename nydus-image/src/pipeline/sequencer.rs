@@ -11,22 +11,34 @@ use std::io::Write;
 
 use crossbeam_channel::Receiver;
 use rafs::tree::ChunkRecord;
-use storage::BlobIndex;
 use storage::blob_writer::{BlobWriter, ChunkData, PreparedChunk, WriteError};
 use storage::codec::CodecError;
+use storage::{BlobId, BlobIndex};
 
 use super::item::{Data, Digested, Item, RawChunk};
 use super::workers::{Compression, Done, LayerContext};
+use crate::reuse::KnownChunk;
 
 /// What became of the chunks of a layer.
 #[derive(Debug, Default)]
 pub(crate) struct Stored {
-    /// Every chunk of the blob, by chunk index.
+    /// Every chunk that files use, by first use, with its blob's position in `blobs`.
     pub(crate) chunks: Vec<ChunkRecord>,
+    /// The blobs of these chunks, in the order of their first use.
+    pub(crate) blobs: Vec<Owner>,
     /// For every chunk of every file in stream order: its position in `chunks`.
     pub(crate) references: Vec<u32>,
     /// Items handled.
     pub(crate) items: u64,
+}
+
+/// Whose blob a chunk is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The layer that is being built.
+    Layer,
+    /// Another image, which was given for reuse.
+    Known(BlobId),
 }
 
 /// Why chunks could not be stored.
@@ -85,7 +97,10 @@ impl<W: Write> Sequencer<'_, W> {
         for (chunk, digested) in item.chunks.iter().zip(results) {
             let position = match self.layer.dedup.stored(&digested.digest) {
                 Some(position) => position,
-                None => self.append(item, chunk, &digested)?,
+                None => match self.layer.known.find(&digested.digest, chunk.len) {
+                    Some(known) => self.reuse(known),
+                    None => self.append(item, chunk, &digested)?,
+                },
             };
             if let Some(record) = self.stored.chunks.get_mut(super::item::len(position)) {
                 record.file_offset = chunk.file_offset;
@@ -108,11 +123,14 @@ impl<W: Write> Sequencer<'_, W> {
         digested: &Digested,
     ) -> Result<u32, StoreError> {
         let raw = chunk.bytes(&item.buffer.input, &self.layer.zeros);
-        let data = match &digested.data {
-            Data::Raw if chunk.batched => ChunkData::Batched(raw),
-            Data::Raw => ChunkData::Raw(raw),
-            Data::Compressed(range) => ChunkData::Compressed(&item.buffer.output[range.clone()]),
-            Data::Claimed => {
+        let data = match (&digested.data, &chunk.place) {
+            (_, Some(place)) => ChunkData::InPlace(place),
+            (Data::Raw, None) if chunk.batched => ChunkData::Batched(raw),
+            (Data::Raw, None) => ChunkData::Raw(raw),
+            (Data::Compressed(range), None) => {
+                ChunkData::Compressed(&item.buffer.output[range.clone()])
+            }
+            (Data::Claimed, None) => {
                 self.late.clear();
                 let data = self
                     .compression
@@ -132,11 +150,10 @@ impl<W: Write> Sequencer<'_, W> {
             data,
         };
         let stored = self.writer.append(&prepared).map_err(StoreError::Write)?;
-        let position = stored.index.get();
-        self.layer.dedup.store(digested.digest, position);
-        self.stored.chunks.push(ChunkRecord {
+        let blob = self.stored.blob(&Owner::Layer);
+        Ok(self.add(ChunkRecord {
             digest: digested.digest,
-            blob: BlobIndex::new(0),
+            blob,
             index: stored.index,
             compressed: stored.compressed,
             compressed_size: stored.compressed_size,
@@ -145,7 +162,37 @@ impl<W: Write> Sequencer<'_, W> {
             uncompressed_offset: stored.uncompressed_offset,
             file_offset: chunk.file_offset,
             crc32c: Some(digested.crc32c),
+        }))
+    }
+
+    /// Refers to a chunk of another image.
+    fn reuse(&mut self, known: &KnownChunk) -> u32 {
+        let blob = self
+            .stored
+            .blob(&Owner::Known(self.layer.known.blob(known).id.clone()));
+        self.add(ChunkRecord {
+            blob,
+            ..known.record.clone()
+        })
+    }
+
+    fn add(&mut self, record: ChunkRecord) -> u32 {
+        // Less than 2^32: a blob has 2^24 chunks at most, and an image 254 blobs.
+        let position = u32::try_from(self.stored.chunks.len()).unwrap_or(u32::MAX);
+        self.layer.dedup.store(record.digest, position);
+        self.stored.chunks.push(record);
+        position
+    }
+}
+
+impl Stored {
+    /// Position of a blob in `blobs`, where it is added if it is new.
+    fn blob(&mut self, owner: &Owner) -> BlobIndex {
+        let known = self.blobs.iter().position(|blob| blob == owner);
+        let position = known.unwrap_or_else(|| {
+            self.blobs.push(owner.clone());
+            self.blobs.len() - 1
         });
-        Ok(position)
+        BlobIndex::new(u32::try_from(position).unwrap_or(u32::MAX))
     }
 }

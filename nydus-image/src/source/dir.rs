@@ -82,7 +82,11 @@ pub(super) fn scan(
         feeder,
         options,
     )?;
-    Ok(Scanned { tree, files })
+    Ok(Scanned {
+        tree,
+        files,
+        original: None,
+    })
 }
 
 fn feed(
