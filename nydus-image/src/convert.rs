@@ -10,17 +10,19 @@
 //! completed is left as it was, also after Ctrl-C.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args as ClapArgs;
 use indicatif::HumanBytes;
 use storage::oci::{Access, ImageRef, Images, Platform};
-use storage::{Compressor, Digester};
+use storage::{BlobInfo, Compressor, Digester};
 
 use crate::build::BuildOptions;
 use crate::cli::{UsageError, parse_size};
 use crate::pipeline::Engine;
+use crate::reuse::{Known, Reused};
 
 mod bootstrap;
 mod config;
@@ -105,6 +107,23 @@ pub struct Args {
         help_heading = "Format"
     )]
     chunk_size: u32,
+
+    /// Keep the layers as they are and make only indexes of them
+    ///
+    /// Needs layers of gzip or plain tar. The target gets the original layers unless it
+    /// has them; converting within one repository sends little but metadata.
+    #[arg(
+        long,
+        conflicts_with_all = ["compressor", "digester"],
+        help_heading = "Format"
+    )]
+    oci_ref: bool,
+
+    /// Do not store chunks that this image has: bootstrap=PATH or PATH
+    ///
+    /// The target must have the blobs of that image.
+    #[arg(long, value_name = "chunk-dict", help_heading = "Format")]
+    chunk_dict: Option<String>,
 
     /// Layers to convert at a time
     #[arg(
@@ -216,6 +235,8 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
         credentials: None,
     };
     let from = Images::open(source, &access).await?;
+    let mut options = options(args);
+    let dictionary = dictionary(args, &mut options)?;
     let plan = Plan::read(&from, source, &args.platform)
         .await
         .with_context(|| format!("cannot read the image {source}"))?;
@@ -223,7 +244,9 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
         from,
         to: Images::open(target, &access).await?,
         engine: Engine::for_this_machine(),
-        options: options(args),
+        options,
+        in_place: args.oci_ref,
+        dictionary,
         work_dir,
         progress: Progress::new(),
     };
@@ -244,14 +267,32 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
 }
 
 fn options(args: &Args) -> BuildOptions {
-    BuildOptions {
+    let options = BuildOptions {
         compressor: args.compressor,
         digester: args.digester,
         chunk_size: args.chunk_size,
         blob_toc: true,
         inline_bootstrap: true,
         ..BuildOptions::default()
+    };
+    if args.oci_ref {
+        options.in_place()
+    } else {
+        options
     }
+}
+
+/// Reads the chunk dictionary into `options`; returns its blobs.
+fn dictionary(args: &Args, options: &mut BuildOptions) -> anyhow::Result<Vec<BlobInfo>> {
+    let Some(value) = &args.chunk_dict else {
+        return Ok(Vec::new());
+    };
+    let dictionary = Reused::dictionary(value)?;
+    dictionary.check(&options.traits())?;
+    let mut known = Known::default();
+    known.add(&dictionary, options.digester)?;
+    options.known = Arc::new(known);
+    Ok(dictionary.image.blobs().to_vec())
 }
 
 /// How the source is recorded in the result. Paths of this machine are nobody's business,

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rafs::tree::{InodeId, Tree};
+use sha2::{Digest as _, Sha256};
+use storage::Digest;
 use storage::original::{self, LayerReader, Place, Summary};
 
 use crate::build::BuildOptions;
@@ -45,6 +47,8 @@ pub enum Source {
 pub struct InPlace {
     reader: Arc<Mutex<LayerReader<Box<dyn Read + Send>>>>,
     kind: original::Kind,
+    /// Of the tar, if wanted.
+    hasher: Option<Arc<Mutex<Sha256>>>,
 }
 
 impl InPlace {
@@ -56,7 +60,28 @@ impl InPlace {
         let reader = LayerReader::open(Box::new(reader) as Box<dyn Read + Send>)?;
         let kind = reader.kind();
         let reader = Arc::new(Mutex::new(reader));
-        Ok(Self { reader, kind })
+        Ok(Self {
+            reader,
+            kind,
+            hasher: None,
+        })
+    }
+
+    /// Lets [`InPlace::tar_digest`] know the digest of the tar.
+    #[must_use]
+    pub fn hashing_tar(self) -> Self {
+        Self {
+            hasher: Some(Arc::default()),
+            ..self
+        }
+    }
+
+    /// SHA-256 of the tar as far as it was read, after [`InPlace::hashing_tar`].
+    #[must_use]
+    pub fn tar_digest(&self) -> Option<Digest> {
+        let hasher = self.hasher.as_ref()?;
+        let hasher = hasher.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Digest::from_bytes(hasher.clone().finalize().into()))
     }
 
     /// Fills `buf` with the next bytes of the tar, which are one chunk, by `read`, and
@@ -90,7 +115,12 @@ impl fmt::Debug for InPlace {
 
 impl Read for InPlace {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.lock().read(buf)
+        let count = self.lock().read(buf)?;
+        if let Some(hasher) = &self.hasher {
+            let mut hasher = hasher.lock().unwrap_or_else(PoisonError::into_inner);
+            hasher.update(&buf[..count]);
+        }
+        Ok(count)
     }
 }
 

@@ -202,7 +202,7 @@ impl<R: Read> Stored<R> {
     fn available(&mut self) -> io::Result<&[u8]> {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-            self.refill()?;
+            self.fill()?;
         }
         Ok(&self.buffer[self.start..self.end])
     }
@@ -210,8 +210,15 @@ impl<R: Read> Stored<R> {
     /// The first `len` bytes, fewer only if the source is shorter; before any others
     /// are consumed.
     fn peek(&mut self, len: usize) -> io::Result<&[u8]> {
-        while self.end < len && self.refill()? {}
+        self.fill()?;
         Ok(&self.buffer[..self.end.min(len)])
+    }
+
+    /// Fills the buffer. Always all of it: how the decoder proceeds, and with it the
+    /// index, must not depend on how a pipe delivers.
+    fn fill(&mut self) -> io::Result<()> {
+        while self.end < self.buffer.len() && self.refill()? {}
+        Ok(())
     }
 
     /// Adds to the buffer; returns whether the source had more.
