@@ -2,30 +2,40 @@
 # How fast a directory becomes an image, against `tar | zstd -3 -T2` on the same tree.
 #
 # Usage: [RUNS=5] [TREE=dir] misc/bench/build.sh
-# Prints medians and ratios; judges nothing. The tree is read once before, so both
-# find it in the page cache, and both take turns, so that both meet the same noise.
+# Prints medians and ratios; judges nothing. "plain" has chunks of 1 MiB alone, "batches"
+# compresses small files together, as `convert` does unless told otherwise. The tree is
+# read once before, so all find it in the page cache, and they take turns, so that all
+# meet the same noise.
 source "$(dirname "$0")/common.sh"
 
 archive() { tar -C "$TREE" -cf - . | zstd -q -3 -T2 -o "$scratch/tree.tar.zst"; }
 build() {
-  "$BIN/nydus-image" -l warn create --bootstrap "$scratch/image.boot" \
-    --blob-dir "$scratch/blobs" "$TREE"
+  "$BIN/nydus-image" -l warn create --batch-size "$2" --bootstrap "$scratch/$1.boot" \
+    --blob-dir "$scratch/$1" "$TREE"
 }
+fresh() { rm -rf "$1" && mkdir "$1"; }
 
 tar -C "$TREE" -cf - . | cat >/dev/null
 for _ in $(seq "$RUNS"); do
   rm -f "$scratch/tree.tar.zst"
-  seconds archive >>"$scratch/archive"
-  rm -rf "$scratch/blobs"
-  mkdir "$scratch/blobs"
-  seconds build >>"$scratch/build"
+  seconds archive >>"$scratch/archive.times"
+  fresh "$scratch/plain"
+  seconds build plain 0 >>"$scratch/plain.times"
+  fresh "$scratch/batches"
+  seconds build batches 0x40000 >>"$scratch/batches.times"
 done
 
+size() { cat "$scratch/$1"/* "$scratch/$1.boot" | wc -c; }
+# row NAME TIME SIZE: with both relative to the archive, and the size to plain chunks.
+row() {
+  printf '%-12s %10s %7s %14s %7s %9s\n' "$1" "$2" "$(ratio "$2" "$archive_time")" "$3" \
+    "$(ratio "$3" "$archive_size")" "$(ratio "$3" "$plain_size")"
+}
+archive_time=$(median "$scratch/archive.times")
 archive_size=$(stat -c %s "$scratch/tree.tar.zst")
-build_size=$(cat "$scratch"/blobs/* "$scratch/image.boot" | wc -c)
-archive_time=$(median "$scratch/archive")
-build_time=$(median "$scratch/build")
-printf '%-26s %12s %12s %8s\n' \
-  "$(du -sm --apparent-size "$TREE" | cut -f 1) MiB, $RUNS runs" 'tar|zstd' nydus-image ratio \
-  'time in s (median)' "$archive_time" "$build_time" "$(ratio "$build_time" "$archive_time")" \
-  'size in bytes' "$archive_size" "$build_size" "$(ratio "$build_size" "$archive_size")"
+plain_size=$(size plain)
+echo "$(du -sm --apparent-size "$TREE" | cut -f 1) MiB, median of $RUNS runs"
+printf '%-12s %10s %7s %14s %7s %9s\n' '' seconds ratio bytes ratio 'to plain'
+row 'tar | zstd' "$archive_time" "$archive_size"
+row plain "$(median "$scratch/plain.times")" "$plain_size"
+row batches "$(median "$scratch/batches.times")" "$(size batches)"

@@ -203,10 +203,11 @@ fn run<W: Write + Send>(
     // Bounded by the budget: every item in it holds a buffer.
     let (sender, done) = crossbeam_channel::unbounded();
     let stopped = Arc::new(AtomicBool::new(false));
+    let blob = options.blob(source.original());
     let mut feeder = Feeder::new(
         engine.clone(),
         Arc::clone(layer),
-        options.blob(source.original()),
+        blob,
         sender,
         Arc::clone(&stopped),
     );
@@ -214,7 +215,7 @@ fn run<W: Write + Send>(
         let sequencer = scope.spawn(|| {
             // Dropped at the end: that frees the buffers of items still coming.
             let done = done;
-            let result = sequencer::run(&done, layer, writer);
+            let result = sequencer::run(&done, layer, &engine.workers, blob, writer);
             stopped.store(true, Ordering::Relaxed);
             result
         });
@@ -262,16 +263,20 @@ fn finish<W: Write>(
         files,
         original,
     } = scanned;
-    let ids: Vec<_> = stored
-        .chunks
-        .into_iter()
-        .map(|chunk| tree.add_chunk(chunk))
-        .collect();
+    let mut add = |chunks: Vec<_>| -> Vec<_> {
+        let chunks = chunks.into_iter();
+        chunks.map(|chunk| tree.add_chunk(chunk)).collect()
+    };
+    let (own, known) = (add(stored.chunks), add(stored.known));
+    let id = |reference| match Stored::resolve(reference) {
+        (false, position) => own[position],
+        (true, position) => known[position],
+    };
     let mut references = stored.references.into_iter();
     for (file, count) in files {
         if let Content::File { chunks, .. } = &mut tree.inode_mut(file).content {
             let count = usize::try_from(count).unwrap_or(usize::MAX);
-            chunks.extend(references.by_ref().take(count).map(|at| ids[item::len(at)]));
+            chunks.extend(references.by_ref().take(count).map(id));
         }
     }
     let mut writer = writer;

@@ -9,6 +9,8 @@
 //! size of layers; temporary files have no names, and a target layout that was not
 //! completed is left as it was, also after Ctrl-C.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +23,9 @@ use storage::{BlobInfo, Compressor, Digester};
 
 use crate::build::BuildOptions;
 use crate::cli::{UsageError, parse_size};
+use crate::create::is_chunk_size;
 use crate::pipeline::Engine;
+use crate::prefetch::{Policy, Prefetch};
 use crate::reuse::{Known, Reused};
 
 mod bootstrap;
@@ -108,13 +112,29 @@ pub struct Args {
     )]
     chunk_size: u32,
 
+    /// Bytes of small files that are compressed together, at most the chunk size;
+    /// 0 for never
+    #[arg(
+        long,
+        value_name = "batch-size",
+        default_value = "0x40000",
+        value_parser = parse_size,
+        help_heading = "Format"
+    )]
+    batch_size: u32,
+
+    /// File with the absolute paths, one a line, of files and directories that the
+    /// daemon shall fetch right after mounting; `-` for standard input
+    #[arg(long, value_name = "file", help_heading = "Format")]
+    prefetch_patterns: Option<PathBuf>,
+
     /// Keep the layers as they are and make only indexes of them
     ///
     /// Needs layers of gzip or plain tar. The target gets the original layers unless it
     /// has them; converting within one repository sends little but metadata.
     #[arg(
         long,
-        conflicts_with_all = ["compressor", "digester"],
+        conflicts_with_all = ["compressor", "digester", "batch_size"],
         help_heading = "Format"
     )]
     oci_ref: bool,
@@ -157,6 +177,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let source = parse_reference(&args.source)?;
     let target = parse_reference(&args.target)?;
     check_references(&source, &target)?;
+    let options = options(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Mostly waiting; the work is done by threads of their own.
         .worker_threads(2)
@@ -166,7 +187,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let interrupted = interruption()?;
     let summary = runtime.block_on(async {
         tokio::select! {
-            result = convert(args, &source, &target) => result,
+            result = convert(args, options, &source, &target) => result,
             // Dropping the conversion stops its transfers and removes its output.
             _ = interrupted => bail!("interrupted"),
         }
@@ -224,7 +245,12 @@ fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 /// Converts, and returns the line that sums it up.
-async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::Result<String> {
+async fn convert(
+    args: &Args,
+    mut options: BuildOptions,
+    source: &ImageRef,
+    target: &ImageRef,
+) -> anyhow::Result<String> {
     let start = Instant::now();
     let work_dir = args.work_dir.clone().unwrap_or_else(std::env::temp_dir);
     // Better now than after the first download.
@@ -235,7 +261,6 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
         credentials: None,
     };
     let from = Images::open(source, &access).await?;
-    let mut options = options(args);
     let dictionary = dictionary(args, &mut options)?;
     let plan = Plan::read(&from, source, &args.platform)
         .await
@@ -266,20 +291,50 @@ async fn convert(args: &Args, source: &ImageRef, target: &ImageRef) -> anyhow::R
     ))
 }
 
-fn options(args: &Args) -> BuildOptions {
+fn options(args: &Args) -> anyhow::Result<BuildOptions> {
+    check_sizes(args)?;
     let options = BuildOptions {
         compressor: args.compressor,
         digester: args.digester,
         chunk_size: args.chunk_size,
+        // A chunk size below the default batch size makes that pointless, not wrong.
+        batch_size: args.batch_size.min(args.chunk_size),
         blob_toc: true,
         inline_bootstrap: true,
+        prefetch: prefetch(args)?,
         ..BuildOptions::default()
     };
-    if args.oci_ref {
+    Ok(if args.oci_ref {
         options.in_place()
     } else {
         options
-    }
+    })
+}
+
+fn check_sizes(args: &Args) -> Result<(), UsageError> {
+    let problem = if !is_chunk_size(args.chunk_size) {
+        format!("--chunk-size {:#x}", args.chunk_size)
+    } else if args.batch_size != 0 && !is_chunk_size(args.batch_size) {
+        format!("--batch-size {:#x}", args.batch_size)
+    } else {
+        return Ok(());
+    };
+    Err(UsageError(format!(
+        "{problem} is not a power of two from 0x1000 to 0x1000000"
+    )))
+}
+
+fn prefetch(args: &Args) -> anyhow::Result<Prefetch> {
+    let Some(path) = &args.prefetch_patterns else {
+        return Ok(Prefetch::default());
+    };
+    let failed = || format!("cannot read the prefetch patterns {}", path.display());
+    let read: Box<dyn BufRead> = if path.as_os_str() == "-" {
+        Box::new(std::io::stdin().lock())
+    } else {
+        Box::new(BufReader::new(File::open(path).with_context(failed)?))
+    };
+    Prefetch::read(Policy::Fs, read).with_context(failed)
 }
 
 /// Reads the chunk dictionary into `options`; returns its blobs.

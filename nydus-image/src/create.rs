@@ -68,6 +68,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .write_pretty(json)?;
     }
     tracing::info!("built {} in {:.2?}", args.source.display(), start.elapsed());
+    // The process ends here: the system takes its memory back faster than destructors do.
+    std::mem::forget((engine, layer));
     Ok(())
 }
 
@@ -144,7 +146,8 @@ fn check_usage(args: &Args) -> Result<(), UsageError> {
     Ok(())
 }
 
-const fn is_chunk_size(size: u32) -> bool {
+/// Whether the format has chunks of `size` bytes.
+pub(crate) const fn is_chunk_size(size: u32) -> bool {
     size.is_power_of_two() && size >= 0x1000 && size <= 0x100_0000
 }
 

@@ -13,7 +13,8 @@
 //!   it (`dedup`) and compresses the chunk; equal chunks cost no more than
 //!   their digest.
 //! * `sequencer` handles items in the order of the stream, so the blob does not
-//!   depend on thread timing.
+//!   depend on thread timing. It sends batches of small chunks back to the workers
+//!   and keeps what comes after them in the `queue`.
 //! * [`budget`] bounds the memory of all layers together: an item holds its share
 //!   from the moment its buffer is filled until its chunks are stored.
 
@@ -21,6 +22,7 @@ pub mod budget;
 pub(crate) mod dedup;
 pub mod feeder;
 pub(crate) mod item;
+mod queue;
 pub(crate) mod sequencer;
 pub mod workers;
 
@@ -35,7 +37,7 @@ pub struct Engine {
 
 impl Engine {
     /// Chunk data that may be in memory at a time, in bytes, unless told otherwise.
-    pub const DEFAULT_MEMORY: usize = 64 << 20;
+    pub const DEFAULT_MEMORY: usize = 32 << 20;
 
     /// Starts `threads` workers; all layers together keep at most `memory` bytes of
     /// chunk data in flight, or one item if that is larger.

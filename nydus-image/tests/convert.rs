@@ -332,6 +332,8 @@ fn convert(source: &Path, target: &Path, options: &[&str]) -> Output {
         .arg("convert")
         .arg(format!("oci:{}", source.display()))
         .arg(format!("oci:{}", target.display()))
+        // The model below reads chunks that stand alone.
+        .args(["--batch-size", "0"])
         .args(options)
         .env_remove("RUST_BACKTRACE")
         .output()

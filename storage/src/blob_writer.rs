@@ -1,10 +1,11 @@
 //! Writes one blob file front to back: chunk data, tables, tar headers.
 //!
 //! Chunks arrive digested and compressed, in the order in which they are to be
-//! stored; only batches of small chunks are compressed here. [`BlobWriter::finish`]
-//! adds the sections that the variant has and says what a bootstrap must know.
-//! For a layer that is used in place ([`original`](crate::original)) the file has
-//! the tables only, and chunks are given by their place in the layer.
+//! stored. Small ones may be given as a sealed [`Batch`], or one by one to be batched
+//! here. [`BlobWriter::finish`] adds the sections that the variant has and says what
+//! a bootstrap must know. For a layer that is used in place
+//! ([`original`](crate::original)) the file has the tables only, and chunks are given
+//! by their place in the layer.
 //!
 //! Promises: never seeks, so the output may be a pipe; the same chunks and options
 //! give the same bytes; memory holds the chunk table (16 or 24 bytes per chunk),
@@ -14,6 +15,7 @@
 //! Layout variants: `docs/format-blob.md`, "Layout of a blob file".
 #![forbid(unsafe_code)]
 
+mod batch;
 mod hashing;
 mod sections;
 #[cfg(test)]
@@ -33,6 +35,8 @@ use crate::format::context::BatchContext;
 use crate::format::entry::{Entry, flags};
 use crate::original::{self, Place, Summary};
 use crate::units::{BLOCK_SIZE, ChunkIndex};
+
+pub use batch::{Batch, SealedBatch};
 
 use hashing::HashingSink;
 use sections::TailWriter;
@@ -276,9 +280,8 @@ pub struct BlobWriter<W: Write> {
     digests: Vec<u8>,
     /// End of the uncompressed address space so far.
     plain_size: u64,
-    batch: Vec<u8>,
+    batch: Batch,
     encoder: Encoder,
-    encoded: Vec<u8>,
     /// The layer that the chunks are in, once it is known.
     layer: Option<Summary>,
 }
@@ -306,9 +309,8 @@ impl<W: Write> BlobWriter<W> {
             table: Builder::new(options.layout()),
             digests: Vec::new(),
             plain_size: 0,
-            batch: Vec::new(),
+            batch: Batch::default(),
             encoder,
-            encoded: Vec::new(),
             layer: None,
         })
     }
@@ -335,17 +337,24 @@ impl<W: Write> BlobWriter<W> {
     /// of uncompressed data. The blob is not usable after an error.
     pub fn append(&mut self, chunk: &PreparedChunk<'_>) -> Result<StoredChunk, WriteError> {
         self.check_chunk(chunk)?;
-        let stored = match chunk.data {
-            ChunkData::Batched(bytes) => self.join_batch(chunk, bytes)?,
-            ChunkData::Compressed(bytes) => self.store(chunk, bytes, flags::COMPRESSED)?,
-            ChunkData::Raw(bytes) => self.store(chunk, bytes, 0)?,
-            ChunkData::InPlace(place) => self.refer(chunk, place)?,
-        };
-        self.plain_size += u64::from(chunk.uncompressed_size).next_multiple_of(BLOCK_SIZE);
-        if self.options.blob_toc {
-            self.digests.extend_from_slice(chunk.digest.as_bytes());
+        match chunk.data {
+            ChunkData::Batched(bytes) => self.join_batch(chunk, bytes),
+            ChunkData::Compressed(bytes) => self.store(chunk, bytes, flags::COMPRESSED),
+            ChunkData::Raw(bytes) => self.store(chunk, bytes, 0),
+            ChunkData::InPlace(place) => self.refer(chunk, place),
         }
-        Ok(stored)
+    }
+
+    /// Stores a batch that was compressed elsewhere, after all that came before.
+    ///
+    /// Returns what became of its first chunk; the others follow it in the table.
+    ///
+    /// # Errors
+    /// As for [`BlobWriter::append`]; also if a chunk of the batch is not one that
+    /// [`BlobOptions::batches`] names, or the batch is empty.
+    pub fn append_batch(&mut self, batch: &SealedBatch) -> Result<StoredChunk, WriteError> {
+        self.flush_batch()?;
+        self.store_batch(batch)
     }
 
     fn check_chunk(&self, chunk: &PreparedChunk<'_>) -> Result<(), WriteError> {
@@ -404,12 +413,14 @@ impl<W: Write> BlobWriter<W> {
             data,
         })?;
         self.sink.write(bytes)?;
+        let uncompressed_offset = self.plain_size;
+        self.account(chunk.digest, chunk.uncompressed_size);
         Ok(StoredChunk {
             index,
             compressed: compressed != 0,
             compressed_size: size,
             compressed_offset: offset,
-            uncompressed_offset: self.plain_size,
+            uncompressed_offset,
         })
     }
 
@@ -450,12 +461,14 @@ impl<W: Write> BlobWriter<W> {
             flags,
             data,
         })?;
+        let uncompressed_offset = self.plain_size;
+        self.account(chunk.digest, chunk.uncompressed_size);
         Ok(StoredChunk {
             index,
             compressed: flags & flags::COMPRESSED != 0,
             compressed_size: size,
             compressed_offset: offset,
-            uncompressed_offset: self.plain_size,
+            uncompressed_offset,
         })
     }
 
@@ -464,49 +477,96 @@ impl<W: Write> BlobWriter<W> {
         chunk: &PreparedChunk<'_>,
         bytes: &[u8],
     ) -> Result<StoredChunk, WriteError> {
-        if as_u64(self.batch.len() + bytes.len()) >= u64::from(self.options.batch_size) {
+        if !self.batch.has_room(bytes.len(), &self.options) {
             self.flush_batch()?;
         }
+        let stored = self.batch_entry(
+            chunk.digest,
+            chunk.uncompressed_size,
+            as_u64(self.batch.len()),
+        )?;
+        self.batch.push(chunk.digest, bytes);
+        Ok(stored)
+    }
+
+    /// Adds a chunk of the batch that is stored next to the table.
+    fn batch_entry(
+        &mut self,
+        digest: Digest,
+        size: u32,
+        offset_in_batch: u64,
+    ) -> Result<StoredChunk, WriteError> {
         let index = self.table.push(&Entry {
             plain_offset: self.plain_size,
-            plain_size: chunk.uncompressed_size,
+            plain_size: size,
             // Nothing is written before the batch itself.
             offset: self.sink.len(),
             size: 0,
             flags: flags::COMPRESSED | flags::BATCH,
-            data: u64::from(self.table.context_count()) << 32 | as_u64(self.batch.len()),
+            data: u64::from(self.table.context_count()) << 32 | offset_in_batch,
         })?;
-        self.batch.extend_from_slice(bytes);
+        let uncompressed_offset = self.plain_size;
+        self.account(digest, size);
         Ok(StoredChunk {
             index,
             compressed: false,
             compressed_size: 0,
             compressed_offset: 0,
-            uncompressed_offset: self.plain_size,
+            uncompressed_offset,
         })
+    }
+
+    /// Counts a chunk that was added to the table.
+    fn account(&mut self, digest: Digest, size: u32) {
+        self.plain_size += u64::from(size).next_multiple_of(BLOCK_SIZE);
+        if self.options.blob_toc {
+            self.digests.extend_from_slice(digest.as_bytes());
+        }
     }
 
     fn flush_batch(&mut self) -> Result<(), WriteError> {
         if self.batch.is_empty() {
             return Ok(());
         }
-        self.encoded.clear();
-        let shrunk = self
-            .encoder
-            .compress(&self.batch, &mut self.encoded)
-            .map_err(|source| WriteError::Codec {
-                what: "a batch",
-                source,
-            })?;
-        let stored = if shrunk { &self.encoded } else { &self.batch };
-        self.sink.write(stored)?;
+        let batch = std::mem::take(&mut self.batch);
+        let sealed = batch.seal(&mut self.encoder);
+        let sealed = sealed.map_err(|source| WriteError::Codec {
+            what: "a batch",
+            source,
+        })?;
+        // Its chunks are in the table already.
+        self.write_batch(&sealed)
+    }
+
+    fn store_batch(&mut self, batch: &SealedBatch) -> Result<StoredChunk, WriteError> {
+        let mut first = None;
+        let mut offset = 0;
+        for member in &batch.members {
+            if member.size == 0 || !self.options.batches(member.size, true) {
+                return Err(WriteError::Chunk {
+                    index: self.table.len(),
+                    problem: "empty, or too large for a batch",
+                });
+            }
+            let stored = self.batch_entry(member.digest, member.size, offset)?;
+            offset += u64::from(member.size);
+            first.get_or_insert(stored);
+        }
+        self.write_batch(batch)?;
+        first.ok_or(WriteError::Chunk {
+            index: self.table.len(),
+            problem: "a batch without chunks",
+        })
+    }
+
+    fn write_batch(&mut self, batch: &SealedBatch) -> Result<(), WriteError> {
+        self.sink.write(&batch.stored)?;
         // Less than the batch size, which is at most 16 MiB.
-        let len = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let len = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
         self.table.push_batch(BatchContext {
-            compressed_size: len(stored),
-            uncompressed_size: len(&self.batch),
+            compressed_size: len(batch.stored.len()),
+            uncompressed_size: len(batch.plain_size),
         });
-        self.batch.clear();
         Ok(())
     }
 

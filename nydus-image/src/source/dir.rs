@@ -1,5 +1,6 @@
-//! A layer from a directory: first the names and attributes of all files, then
-//! the data of the regular ones, in the order in which an image stores them.
+//! A layer from a directory: first the names and attributes of all files, on all
+//! cores, then the data of the regular ones, in the order in which an image stores
+//! them.
 //!
 //! Symbolic links are never followed. Files with several names are found by their
 //! device and inode number. Holes are asked for and skipped. The next files are
@@ -7,13 +8,14 @@
 //! while the processors do.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -105,16 +107,18 @@ fn feed(
     Ok(files)
 }
 
-/// Collects names and attributes.
-struct Walker<'a> {
-    options: &'a BuildOptions,
+/// What a directory holds, as the system tells it.
+type Listing = Vec<(OsString, Metadata, Xattrs, Content)>;
+
+/// Makes a tree of what directories hold.
+struct Walker {
     tree: Tree,
     /// Files with several names by device and inode number.
     links: HashMap<(u64, u64), InodeId>,
 }
 
-impl<'a> Walker<'a> {
-    fn walk(root: &Path, options: &'a BuildOptions) -> Result<Tree> {
+impl Walker {
+    fn walk(root: &Path, options: &BuildOptions) -> Result<Tree> {
         let metadata = io_result("read", root, std::fs::metadata(root))?;
         if !metadata.is_dir() {
             let source = io::Error::from(Errno::ENOTDIR);
@@ -131,40 +135,35 @@ impl<'a> Walker<'a> {
             (attr.mtime, attr.mtime_nsec) = (0, 0);
         }
         let mut walker = Self {
-            options,
             tree: Tree::new(attr),
             links: HashMap::new(),
         };
         let id = walker.tree.root();
-        walker.tree.inode_mut(id).xattrs = walker.xattrs(root)?;
+        walker.tree.inode_mut(id).xattrs = xattrs(root, options)?;
+        let mut listings = list_all(root, options)?;
         let mut pending = vec![(root.to_owned(), id)];
         while let Some((path, id)) = pending.pop() {
-            walker.list(&path, id, &mut pending)?;
+            let listing = listings.remove(&path).unwrap_or_default();
+            walker.add(&path, id, listing, &mut pending)?;
         }
         Ok(walker.tree)
     }
 
-    fn list(
+    fn add(
         &mut self,
         path: &Path,
         dir: InodeId,
+        listing: Listing,
         pending: &mut Vec<(PathBuf, InodeId)>,
     ) -> Result<()> {
-        for entry in io_result("list", path, std::fs::read_dir(path))? {
-            let entry = io_result("list", path, entry)?;
-            let (path, name) = (entry.path(), entry.file_name());
-            let metadata = io_result("read the attributes of", &path, entry.metadata())?;
-            if self.is_whiteout(&name, &metadata) {
-                continue;
-            }
+        for (name, metadata, xattrs, content) in listing {
+            let path = path.join(&name);
             if let Some(id) = self.links.get(&(metadata.dev(), metadata.ino())) {
                 self.tree
                     .link(dir, name.as_bytes(), *id)
                     .map_err(|e| unsupported(&path, &e))?;
                 continue;
             }
-            let xattrs = self.xattrs(&path)?;
-            let content = content(&path, &metadata)?;
             let inode = Inode {
                 attr: attributes(&metadata),
                 xattrs,
@@ -183,47 +182,94 @@ impl<'a> Walker<'a> {
         }
         Ok(())
     }
+}
 
-    /// Whether the entry removes something from lower layers, of which there are none.
-    fn is_whiteout(&self, name: &OsStr, metadata: &Metadata) -> bool {
-        match self.options.whiteouts {
-            WhiteoutSpec::Oci => name.as_bytes().starts_with(b".wh."),
-            WhiteoutSpec::Overlayfs => {
-                metadata.file_type().is_char_device() && metadata.rdev() == 0
-            }
-            WhiteoutSpec::None => false,
+/// Lists everything below `root`, by directory.
+fn list_all(root: &Path, options: &BuildOptions) -> Result<HashMap<PathBuf, Listing>> {
+    let listings = Mutex::new(Ok(HashMap::new()));
+    rayon::scope(|scope| list(scope, root.to_owned(), options, &listings));
+    listings
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lists a directory here and those in it wherever a core is free.
+fn list<'a>(
+    scope: &rayon::Scope<'a>,
+    dir: PathBuf,
+    options: &'a BuildOptions,
+    listings: &'a Mutex<Result<HashMap<PathBuf, Listing>>>,
+) {
+    let found = list_one(&dir, options);
+    for (name, metadata, ..) in found.iter().flatten() {
+        if metadata.is_dir() {
+            let path = dir.join(name);
+            scope.spawn(move |scope| list(scope, path, options, listings));
         }
     }
-
-    fn xattrs(&self, path: &Path) -> Result<Xattrs> {
-        let mut found = Xattrs::new();
-        let keys = match xattr::list(path) {
-            Ok(keys) => keys,
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(found),
-            result => io_result("list the extended attributes of", path, result)?,
-        };
-        for key in keys {
-            let value = io_result(
-                "read an extended attribute of",
-                path,
-                xattr::get(path, &key),
-            )?;
-            // Removed since it was listed.
-            let Some(value) = value else { continue };
-            let overlay = self.options.whiteouts == WhiteoutSpec::Overlayfs;
-            if overlay && key == "trusted.overlay.opaque" {
-                continue;
-            }
-            if let Some(what) = xattr_problem(key.as_bytes(), &value) {
-                return Err(DirError::Unsupported {
-                    path: path.to_owned(),
-                    what,
-                });
-            }
-            found.insert(key.into_vec().into(), value.into());
+    let mut listings = listings.lock().unwrap_or_else(PoisonError::into_inner);
+    match (&mut *listings, found) {
+        (Ok(listings), Ok(found)) => {
+            listings.insert(dir, found);
         }
-        Ok(found)
+        (Ok(_), Err(error)) => *listings = Err(error),
+        (Err(_), _) => {}
     }
+}
+
+fn list_one(dir: &Path, options: &BuildOptions) -> Result<Listing> {
+    let mut listing = Listing::new();
+    for entry in io_result("list", dir, std::fs::read_dir(dir))? {
+        let entry = io_result("list", dir, entry)?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let metadata = io_result("read the attributes of", &path, entry.metadata())?;
+        if is_whiteout(&name, &metadata, options) {
+            continue;
+        }
+        let xattrs = xattrs(&path, options)?;
+        let content = content(&path, &metadata)?;
+        listing.push((name, metadata, xattrs, content));
+    }
+    Ok(listing)
+}
+
+/// Whether the entry removes something from lower layers, of which there are none.
+fn is_whiteout(name: &OsStr, metadata: &Metadata, options: &BuildOptions) -> bool {
+    match options.whiteouts {
+        WhiteoutSpec::Oci => name.as_bytes().starts_with(b".wh."),
+        WhiteoutSpec::Overlayfs => metadata.file_type().is_char_device() && metadata.rdev() == 0,
+        WhiteoutSpec::None => false,
+    }
+}
+
+fn xattrs(path: &Path, options: &BuildOptions) -> Result<Xattrs> {
+    let mut found = Xattrs::new();
+    let keys = match xattr::list(path) {
+        Ok(keys) => keys,
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(found),
+        result => io_result("list the extended attributes of", path, result)?,
+    };
+    for key in keys {
+        let value = io_result(
+            "read an extended attribute of",
+            path,
+            xattr::get(path, &key),
+        )?;
+        // Removed since it was listed.
+        let Some(value) = value else { continue };
+        let overlay = options.whiteouts == WhiteoutSpec::Overlayfs;
+        if overlay && key == "trusted.overlay.opaque" {
+            continue;
+        }
+        if let Some(what) = xattr_problem(key.as_bytes(), &value) {
+            return Err(DirError::Unsupported {
+                path: path.to_owned(),
+                what,
+            });
+        }
+        found.insert(key.into_vec().into(), value.into());
+    }
+    Ok(found)
 }
 
 fn content(path: &Path, metadata: &Metadata) -> Result<Content> {

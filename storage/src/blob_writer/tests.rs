@@ -408,6 +408,47 @@ fn feature_words_of_all_variants() {
     }
 }
 
+proptest! {
+    /// Batches that were sealed elsewhere give the same file as chunks one by one.
+    #[test]
+    fn sealed_batches_make_the_same_blob(chunks in any_chunks(), toc in any::<bool>()) {
+        let options = BlobOptions {
+            chunk_size: 0x4000,
+            batch_size: 0x1000,
+            blob_toc: toc,
+            ..options()
+        };
+        let (one_by_one, expected, _) = write(options, &chunks, b"");
+        let mut file = Vec::new();
+        let mut writer = BlobWriter::new(&mut file, options).unwrap();
+        let mut encoder = Encoder::new(options.compressor).unwrap();
+        let mut batch = Batch::default();
+        let mut flush = |batch: &mut Batch, writer: &mut BlobWriter<_>| {
+            if !batch.is_empty() {
+                let sealed = std::mem::take(batch).seal(&mut encoder).unwrap();
+                writer.append_batch(&sealed).unwrap();
+            }
+        };
+        for bytes in &chunks {
+            let chunk = raw(options.digester, bytes);
+            if options.batches(chunk.uncompressed_size, true) {
+                if !batch.has_room(bytes.len(), &options) {
+                    flush(&mut batch, &mut writer);
+                }
+                batch.push(chunk.digest, bytes);
+            } else {
+                flush(&mut batch, &mut writer);
+                writer.append(&chunk).unwrap();
+            }
+        }
+        flush(&mut batch, &mut writer);
+        let finished = writer.finish(|_| Ok(Vec::new())).unwrap();
+        prop_assert_eq!(finished.id, one_by_one.id);
+        prop_assert_eq!(finished.cct, one_by_one.cct);
+        prop_assert!(file == expected);
+    }
+}
+
 #[test]
 fn contradictions_and_limits_are_errors() {
     let mut writer = BlobWriter::new(std::io::sink(), options()).unwrap();
