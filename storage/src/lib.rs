@@ -11,7 +11,8 @@
 //! 5. [`cache`] holds the file that front ends read from.
 //!
 //! The container format of a blob file (chunk tables, TOC, tar headers) is in
-//! [`mod@format`]; it is shared with the builder.
+//! [`mod@format`]; it is shared with the builder, which writes blobs with
+//! [`blob_writer`], and reads layers that stay what they are with [`original`].
 
 pub mod algorithm;
 pub mod backend;
@@ -26,10 +27,12 @@ pub mod digest;
 pub mod error;
 pub mod fill;
 pub mod format;
+mod gzip_blocks;
 pub mod mapped;
 pub mod metrics;
 pub mod oci;
 mod readahead;
+pub mod original;
 pub mod ready_map;
 pub mod sync;
 pub mod units;
