@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
 use crate::{check, convert, create, export, inspect, logging, merge, stat, unpack, version};
@@ -111,6 +112,11 @@ pub struct UsageError(pub String);
 fn print_usage() -> anyhow::Result<()> {
     println!("Usage: nydus-image [OPTIONS] <COMMAND>; see nydus-image --help");
     Ok(())
+}
+
+/// Parses a path that callers leave empty for "none"; paths are not empty otherwise.
+pub(crate) fn path_or_empty() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 fn parse_level(name: &str) -> Result<tracing::Level, String> {

@@ -16,7 +16,7 @@ use rafs::{Image, Tree};
 use sha2::{Digest as _, Sha256};
 use storage::{BlobFeatures, BlobId, BlobInfo, Digest};
 
-use crate::cli::UsageError;
+use crate::cli::{UsageError, path_or_empty};
 use crate::output::write_file;
 use crate::prefetch::{Policy, Prefetch};
 use crate::report::Report;
@@ -42,7 +42,12 @@ pub struct Args {
     sources: Vec<PathBuf>,
 
     /// Image that lies below all sources
-    #[arg(long, value_name = "parent-bootstrap", help_heading = "Input")]
+    #[arg(
+        long,
+        value_name = "parent-bootstrap",
+        value_parser = path_or_empty(),
+        help_heading = "Input"
+    )]
     parent_bootstrap: Option<PathBuf>,
 
     /// Image whose blobs layers may refer to, under their own ids: bootstrap=PATH or PATH

@@ -31,9 +31,11 @@ mod gzip_blocks;
 pub mod mapped;
 pub mod metrics;
 pub mod oci;
-mod readahead;
 pub mod original;
+pub mod prefetch;
+mod readahead;
 pub mod ready_map;
+pub mod speculate;
 pub mod sync;
 pub mod units;
 

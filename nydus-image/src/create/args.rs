@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use storage::{Compressor, Digester};
 
-use crate::cli::parse_size;
+use crate::cli::{parse_size, path_or_empty};
 use crate::prefetch::Policy;
 
 /// Build a bootstrap and a data blob from a directory or a tar archive
@@ -200,7 +200,12 @@ pub struct Args {
     pub chunk_dict: Option<String>,
 
     /// Build on top of this image: the output describes both
-    #[arg(long, value_name = "parent-bootstrap", help_heading = "Reuse")]
+    #[arg(
+        long,
+        value_name = "parent-bootstrap",
+        value_parser = path_or_empty(),
+        help_heading = "Reuse"
+    )]
     pub parent_bootstrap: Option<PathBuf>,
 }
 
