@@ -36,6 +36,7 @@ use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAI
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::readahead::{self, Streams};
+use crate::speculate::{self, Known, Misses, Neighbourhoods};
 use crate::sync::{Arc, OnceLock, Ordering, Weak};
 use crate::units::ChunkIndex;
 
@@ -72,6 +73,8 @@ pub struct Blob {
     table_flight: Flights,
     fill: FillState,
     streams: Streams,
+    misses: Misses,
+    neighbourhoods: OnceLock<Neighbourhoods>,
     /// For readahead, which outlives the call that asks for it.
     this: Weak<Self>,
 }
@@ -110,6 +113,8 @@ impl Blob {
             table_flight: Flights::default(),
             fill: FillState::default(),
             streams: Streams::default(),
+            misses: Misses::default(),
+            neighbourhoods: OnceLock::new(),
             this: Weak::clone(this),
             info,
         }))
@@ -197,8 +202,20 @@ impl Blob {
         }
         let table = self.table(priority)?;
         let chunks = self.covering(table, plain)?;
+        self.missed(table, chunks.clone(), priority);
         self.filler(table)
             .run(&[chunks], priority, Unwritten::Refuse, unvouched)
+    }
+
+    /// Makes chunks resident that nobody waits for.
+    pub(crate) fn ensure_chunks(
+        &self,
+        chunks: Range<u32>,
+        priority: Priority,
+    ) -> Result<(), ReadError> {
+        let table = self.table(priority)?;
+        self.filler(table)
+            .run(&[chunks], priority, Unwritten::Refuse, Unvouched::Skip)
     }
 
     /// Makes parts of chunks resident, as few requests as possible for all of them.
@@ -225,6 +242,9 @@ impl Blob {
                 Some(range) if range.contains(&index) => {}
                 _ => ranges.push(index..index + 1),
             }
+        }
+        for range in &ranges {
+            self.missed(table, range.clone(), priority);
         }
         self.filler(table)
             .run(&ranges, priority, Unwritten::Refuse, Unvouched::Refuse)
@@ -278,6 +298,12 @@ impl Blob {
         }
     }
 
+    /// Tells which chunks belong together, for better guesses about what is wanted
+    /// next. Only the first call has an effect.
+    pub fn set_neighbourhoods(&self, neighbourhoods: Neighbourhoods) {
+        let _ = self.neighbourhoods.set(neighbourhoods);
+    }
+
     /// The cache file, for front ends that read resident spans by themselves
     /// (splice, scattered reads); `None` while it cannot be opened.
     #[must_use]
@@ -295,6 +321,28 @@ impl Blob {
             && let Some(blob) = self.this.upgrade()
         {
             readahead::submit(blob, next);
+        }
+    }
+
+    /// Starts fetching what the reader who misses one of `chunks` may want next.
+    fn missed(&self, table: &ChunkTable, mut chunks: Range<u32>, priority: Priority) {
+        if priority != Priority::OnDemand {
+            return;
+        }
+        let ready = |index| self.files.is_ready(index);
+        let missing = chunks.find(|index| !ready(ChunkIndex::new(*index)));
+        if let Some(index) = missing {
+            let known = Known {
+                misses: &self.misses,
+                len: table.len(),
+                size: &|index| {
+                    let chunk = table.chunk(ChunkIndex::new(index));
+                    chunk.map_or(0, |chunk| chunk.plain_size.into())
+                },
+                chunk_size: self.info.chunk_size,
+                neighbourhoods: self.neighbourhoods.get(),
+            };
+            speculate::submit(&self.this, known.guess(ChunkIndex::new(index), ready));
         }
     }
 

@@ -29,8 +29,10 @@ pub mod format;
 pub mod mapped;
 pub mod metrics;
 pub mod oci;
+pub mod prefetch;
 mod readahead;
 pub mod ready_map;
+pub mod speculate;
 pub mod sync;
 pub mod units;
 

@@ -9,6 +9,7 @@
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`lifecycle`]: daemons end cleanly, however they are told
+//! - [`prefetch`]: what is fetched before it is read
 //! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
 
@@ -28,5 +29,6 @@ mod kernel;
 mod kernel_matrix;
 mod lifecycle;
 mod merge;
+mod prefetch;
 mod scene;
 mod unpack;

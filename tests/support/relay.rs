@@ -230,8 +230,8 @@ mod tests {
             socket.read_to_end(&mut got).unwrap();
         });
         assert!(got == sent, "{} bytes came back", got.len());
-        // One handshake, half a round trip each way, 100 ms for a megabyte.
-        assert!(start.elapsed() >= Duration::from_millis(135));
+        // 100 ms for a megabyte, and half a round trip each way.
+        assert!(start.elapsed() >= Duration::from_millis(115));
         assert_eq!(relay.received(), 1_000_000);
         assert_eq!(relay.connections(), 1);
     }
