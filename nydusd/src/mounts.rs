@@ -17,9 +17,11 @@ use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, S
 use storage::blob::Blob;
 use storage::budget::Budget;
 use storage::cache::{CacheDir, CacheError, Limits, Settings};
-use storage::oci::{self, Access, RegistryRef};
+use storage::oci::credentials::DockerConfig;
+use storage::oci::{Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
+use crate::follow;
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
 use crate::prefetch::{self, Wish};
@@ -137,7 +139,7 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
 /// The repository of an image reference as back end.
 ///
 /// # Errors
-/// When the credentials are of a kind that only works for whole images.
+/// When the reference or the credentials cannot be used.
 pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
     let host = if name.host == "docker.io" {
@@ -148,16 +150,11 @@ pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result
     let mut settings = RegistryConfig::new(host, &name.repository);
     let plain = access.plain_http || name.is_loopback();
     settings.scheme = if plain { Scheme::Http } else { Scheme::Https };
-    settings.auth = match access.credentials.clone().unwrap_or_default() {
-        oci::Credentials::Anonymous => Credentials::Anonymous,
-        oci::Credentials::Basic { username, password } => Credentials::Basic { username, password },
-        oci::Credentials::Bearer(token) => Credentials::Bearer(token),
-        oci::Credentials::Identity(_) => anyhow::bail!(
-            "credentials for {}: identity tokens are not supported yet for reading on demand; \
-             set {AUTH_VARIABLE} to the base64 form of `user:password`",
-            name.host
-        ),
-    };
+    settings.auth = access.credentials.clone().unwrap_or_default();
+    if login_from_environment()?.is_none() {
+        // Helpers hand out credentials that end while an image is mounted.
+        settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));
+    }
     start_registry(settings)
 }
 
@@ -217,6 +214,7 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     explore(&image, &blobs);
+    follow::start(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,

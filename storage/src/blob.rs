@@ -37,7 +37,7 @@ use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAI
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::readahead::{self, Streams};
-use crate::speculate::{self, Known, Misses, Neighbourhoods};
+use crate::speculate::{self, Known, Misses, Neighbourhoods, Observer};
 use crate::sync::{Arc, OnceLock, Ordering, Weak};
 use crate::units::ChunkIndex;
 
@@ -76,6 +76,7 @@ pub struct Blob {
     streams: Streams,
     misses: Misses,
     neighbourhoods: OnceLock<Neighbourhoods>,
+    observer: OnceLock<Arc<dyn Observer>>,
     /// For readahead, which outlives the call that asks for it.
     this: Weak<Self>,
 }
@@ -117,6 +118,7 @@ impl Blob {
             streams: Streams::default(),
             misses: Misses::default(),
             neighbourhoods: OnceLock::new(),
+            observer: OnceLock::new(),
             this: Weak::clone(this),
             info,
         }))
@@ -314,6 +316,16 @@ impl Blob {
         let _ = self.neighbourhoods.set(neighbourhoods);
     }
 
+    /// Has `observer` told of misses. Only the first call has an effect.
+    pub fn set_observer(&self, observer: Arc<dyn Observer>) {
+        let _ = self.observer.set(observer);
+    }
+
+    /// Fetches chunks in the background, soon; the next one asked for comes first.
+    pub fn speculate(&self, chunks: Range<u32>) {
+        speculate::submit(&self.this, vec![chunks]);
+    }
+
     /// The cache file, for front ends that read resident spans by themselves
     /// (splice, scattered reads); `None` while it cannot be opened.
     #[must_use]
@@ -342,6 +354,9 @@ impl Blob {
         let ready = |index| self.files.is_ready(index);
         let missing = chunks.find(|index| !ready(ChunkIndex::new(*index)));
         if let Some(index) = missing {
+            if let Some(observer) = self.observer.get() {
+                observer.missed(ChunkIndex::new(index));
+            }
             let known = Known {
                 misses: &self.misses,
                 len: table.len(),

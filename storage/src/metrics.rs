@@ -67,6 +67,8 @@ metrics! {
     fetch_failures: Counter, "backend.fetch_failures", "requests", "Fetches that failed after all attempts.";
     retries: Counter, "backend.retries", "requests", "Attempts after the first of a fetch.";
     redirects_renewed: Counter, "backend.redirects_renewed", "requests", "Remembered redirects that had expired.";
+    bytes_skipped: Counter, "backend.bytes_skipped", "bytes", "Bytes read and thrown away because a server ignores ranges.";
+    mirror_failures: Counter, "backend.mirror_failures", "requests", "Requests to a mirror that another source had to serve.";
     chunks_filled: Counter, "cache.chunks_filled", "chunks", "Chunks fetched, verified and written to the cache.";
     bytes_filled: Counter, "cache.bytes_filled", "bytes", "Uncompressed bytes written to the cache.";
     chunks_in_memory: Counter, "cache.chunks_in_memory", "chunks", "Chunks served from memory because the cache could not be written.";
