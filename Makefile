@@ -20,9 +20,11 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
 
-bench: build ## Print build and read speed against tar, zstd and ext4 (as root)
+bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh
 	misc/bench/read.sh
+	misc/bench/coldstart.sh
+	misc/bench/datapath.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

@@ -20,6 +20,7 @@ pub mod blob;
 pub mod blob_id;
 pub mod blob_info;
 pub mod blob_writer;
+pub mod budget;
 pub mod cache;
 pub mod chunk;
 pub mod codec;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::backend::Priority;
-use crate::cache::CacheError;
+use crate::cache::{CacheError, ChunkLock};
 use crate::error::ReadError;
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering, lock, wait};
 use crate::units::ChunkIndex;
@@ -101,6 +101,7 @@ impl Flights {
                 flights: self,
                 index,
                 flight,
+                lock: None,
                 landed: false,
             });
         }
@@ -124,23 +125,33 @@ pub(crate) struct Claim<'a> {
     flights: &'a Flights,
     index: ChunkIndex,
     flight: Arc<Flight>,
+    /// The same duty towards other processes.
+    lock: Option<ChunkLock<'a>>,
     landed: bool,
 }
 
-impl Claim<'_> {
+impl<'a> Claim<'a> {
     pub(crate) fn index(&self) -> ChunkIndex {
         self.index
+    }
+
+    /// Keeps other processes from fetching the chunk, for as long as the flight lasts.
+    pub(crate) fn hold(&mut self, lock: ChunkLock<'a>) {
+        self.lock = Some(lock);
     }
 
     /// Ends the flight and wakes everyone who waits for it.
     pub(crate) fn land(mut self, outcome: Outcome) {
         self.landed = true;
+        // First, or it could be the lock of the next flight that is given back.
+        self.lock = None;
         self.flights.end(self.index, &self.flight, outcome);
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
+        self.lock = None;
         if !self.landed {
             self.flights
                 .end(self.index, &self.flight, Outcome::Abandoned);
