@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     for (index, blob) in image.blobs().iter().enumerate() {
         describe(&mut text, index, blob);
     }
-    print(&text)?;
+    crate::output::print(&text)?;
     if let Some(json) = &args.output_json {
         Report::new(
             Some(path),
@@ -96,17 +96,6 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .write_compact(json)?;
     }
     Ok(())
-}
-
-/// Writes to standard output; a reader that has seen enough is no failure.
-fn print(text: &str) -> anyhow::Result<()> {
-    use std::io::Write as _;
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
-    }
 }
 
 fn describe(text: &mut String, index: usize, blob: &BlobInfo) {

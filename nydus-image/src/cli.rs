@@ -7,9 +7,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::{check, convert, create, logging, merge, version};
+use crate::{check, convert, create, export, inspect, logging, merge, stat, unpack, version};
 
-/// Build, merge and check lazily loaded container images (RAFS v6).
+/// Build, merge, check and look into lazily loaded container images (RAFS v6).
 #[derive(Debug, Parser)]
 #[command(
     name = "nydus-image",
@@ -51,6 +51,10 @@ enum Command {
     Merge(merge::Args),
     Check(check::Args),
     Convert(convert::Args),
+    Inspect(inspect::Args),
+    Stat(stat::Args),
+    Unpack(unpack::Args),
+    Export(export::Args),
 }
 
 impl Cli {
@@ -65,6 +69,10 @@ impl Cli {
             Some(Command::Merge(args)) => merge::run(&args),
             Some(Command::Check(args)) => check::run(&args),
             Some(Command::Convert(args)) => convert::run(&args),
+            Some(Command::Inspect(args)) => inspect::run(&args),
+            Some(Command::Stat(args)) => stat::run(&args),
+            Some(Command::Unpack(args)) => unpack::run(&args),
+            Some(Command::Export(args)) => export::run(&args),
             None => print_usage(),
         }
     }

@@ -9,20 +9,35 @@
 //! * [`output`]: files that appear complete or not at all, and FIFOs;
 //! * [`report`]: the JSON report of a command.
 //!
+//! The commands that read images, [`inspect`], [`stat`], [`unpack`] and [`export`],
+//! share
+//!
+//! * [`access`]: where bootstrap and blobs are;
+//! * [`listing`]: all names of an image;
+//! * [`data`]: its chunks, verified, and [`ordered`]: many of them at a time.
+//!
 //! The metadata format is in the crate `rafs`, the blob format in `storage`.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod build;
 pub mod check;
 pub mod cli;
 pub mod convert;
 pub mod create;
+pub mod data;
+pub mod export;
+pub mod inspect;
+pub mod listing;
 pub mod logging;
 pub mod merge;
+pub mod ordered;
 pub mod output;
 pub mod pipeline;
 pub mod prefetch;
 pub mod report;
 pub mod reuse;
 pub mod source;
+pub mod stat;
+pub mod unpack;
 pub mod version;

@@ -58,6 +58,15 @@ impl Output {
         })
     }
 
+    /// The file, to be written at any position; `None` for a FIFO or device.
+    #[must_use]
+    pub fn regular(&self) -> Option<&File> {
+        match &self.kind {
+            Kind::Stream(..) => None,
+            Kind::Named(file, _) | Kind::Unnamed(file, _) => Some(file.as_file()),
+        }
+    }
+
     /// Gives the file its name, `name` if it was created without one. Returns the path.
     ///
     /// # Errors
@@ -124,6 +133,21 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         .write_all(bytes)
         .with_context(|| format!("cannot write {}", path.display()))?;
     output.commit("").map(|_| ())
+}
+
+/// Writes to standard output; a reader that has seen enough is no failure.
+///
+/// # Errors
+/// Standard output cannot be written for another reason.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes());
+    match written.and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn temporary(dir: &Path, target: &Path) -> anyhow::Result<NamedTempFile> {

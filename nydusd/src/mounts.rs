@@ -19,8 +19,10 @@ use storage::cache::CacheDir;
 use storage::oci::{self, Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
-use crate::fuse::RafsFs;
 use crate::fuse::node::Slot;
+use crate::fuse::{Background, RafsFs};
+use crate::prefetch::{self, Wish};
+use crate::record::Recorder;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
@@ -39,6 +41,10 @@ pub(crate) struct Source {
     pub backend: Arc<dyn Backend>,
     /// Directory of the chunk cache.
     pub cache_dir: PathBuf,
+    /// What to fetch before it is read.
+    pub prefetch: Wish,
+    /// File for the list of files that are read.
+    pub record: Option<PathBuf>,
 }
 
 impl Source {
@@ -54,6 +60,8 @@ impl Source {
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
             cache_dir: cache.to_owned(),
+            prefetch: Wish::default(),
+            record: None,
         })
     }
 
@@ -64,6 +72,15 @@ impl Source {
             bootstrap,
             backend: backend(&config.backend)?,
             cache_dir: config.cache_dir.clone(),
+            prefetch: match &config.prefetch {
+                Some(prefetch) => Wish::configured(prefetch),
+                // Not enabled: not even what the image names.
+                None => Wish {
+                    files: Some(Vec::new()),
+                    ..Wish::default()
+                },
+            },
+            record: None,
         })
     }
 }
@@ -80,12 +97,6 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
     }
     for warning in &config.warnings {
         tracing::warn!("configuration {}: {warning}", path.display());
-    }
-    if config.prefetch.is_some() {
-        tracing::warn!(
-            "configuration {}: prefetch has no effect yet",
-            path.display()
-        );
     }
     Ok(config)
 }
@@ -192,11 +203,35 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    explore(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
         image.inode_count(),
         blobs.len()
     );
-    Ok(RafsFs::new(Slot::FIRST, image, blobs))
+    let recorder = source.record.as_deref();
+    let background = Background {
+        prefetch: prefetch::start(&image, &blobs, &source.prefetch),
+        recorder: recorder
+            .map(|path| Recorder::new(&image, path))
+            .transpose()?,
+    };
+    Ok(RafsFs::new(Slot::FIRST, image, blobs, background))
+}
+
+/// Finds out in the background which chunks belong together.
+fn explore(image: &Arc<Image>, blobs: &[Arc<Blob>]) {
+    let (image, blobs) = (Arc::clone(image), blobs.to_vec());
+    let thread = std::thread::Builder::new().name("explore".to_owned());
+    let started = thread.spawn(move || match image.neighbourhoods() {
+        Ok(found) => blobs
+            .iter()
+            .zip(found)
+            .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
+        Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+    });
+    if let Err(error) = started {
+        tracing::debug!("no speculation on neighbours: {error}");
+    }
 }

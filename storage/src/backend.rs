@@ -4,6 +4,9 @@
 //! retries, timeouts. It promises complete answers: [`Backend::fetch`] either
 //! delivers every byte of the range in order, or fails.
 
+mod bridge;
+pub mod file;
+pub mod http_proxy;
 pub mod local;
 pub mod registry;
 

@@ -7,7 +7,8 @@
 //!
 //! Promises: opening needs no network; the chunk table is fetched on the first
 //! miss and kept in the cache; asking for resident data takes no lock, allocates
-//! nothing and costs an atomic load per chunk; every wait has a deadline.
+//! nothing and costs an atomic load per chunk; every wait has a deadline. Sequential
+//! readers are kept ahead of by [`readahead`](crate::readahead).
 //!
 //! If the cache cannot be written, reads are answered from memory
 //! ([`Served::Memory`]), and [`Blob::cache_state`] says why.
@@ -34,7 +35,9 @@ use crate::error::ReadError;
 use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAIT_LIMIT};
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
-use crate::sync::{Arc, OnceLock, Ordering};
+use crate::readahead::{self, Streams};
+use crate::speculate::{self, Known, Misses, Neighbourhoods};
+use crate::sync::{Arc, OnceLock, Ordering, Weak};
 use crate::units::ChunkIndex;
 
 /// Times a reader starts over for the chunk table.
@@ -69,6 +72,11 @@ pub struct Blob {
     /// The fetch of the table, under the only key 0.
     table_flight: Flights,
     fill: FillState,
+    streams: Streams,
+    misses: Misses,
+    neighbourhoods: OnceLock<Neighbourhoods>,
+    /// For readahead, which outlives the call that asks for it.
+    this: Weak<Self>,
 }
 
 impl fmt::Debug for Blob {
@@ -95,24 +103,21 @@ impl Blob {
         backend: Arc<dyn Backend>,
         digests: Arc<dyn ChunkDigests>,
     ) -> Result<Arc<Self>, ReadError> {
-        let blob = Self {
+        let table = table::cached(cache, &info)?;
+        Ok(Arc::new_cyclic(|this| Self {
             files: BlobFiles::open(cache, &info),
             cache: cache.clone(),
             backend,
             digests,
-            table: OnceLock::new(),
+            table: table.map_or_else(OnceLock::new, OnceLock::from),
             table_flight: Flights::default(),
             fill: FillState::default(),
+            streams: Streams::default(),
+            misses: Misses::default(),
+            neighbourhoods: OnceLock::new(),
+            this: Weak::clone(this),
             info,
-        };
-        match table::cached(&blob.cache, &blob.info) {
-            Ok(Some(table)) => {
-                let _ = blob.table.set(table);
-            }
-            Ok(None) => {}
-            Err(error) => return Err(error),
-        }
-        Ok(Arc::new(blob))
+        }))
     }
 
     /// What the bootstrap says about this blob.
@@ -191,13 +196,26 @@ impl Blob {
         priority: Priority,
         unvouched: Unvouched,
     ) -> Result<(), ReadError> {
+        self.read_ahead(&plain, priority);
         if self.is_resident(plain.clone()) {
             return Ok(());
         }
         let table = self.table(priority)?;
-        let chunks = self.widen(self.covering(table, plain)?);
+        let chunks = self.covering(table, plain)?;
+        self.missed(table, chunks.clone(), priority);
         self.filler(table)
             .run(&[chunks], priority, Unwritten::Refuse, unvouched)
+    }
+
+    /// Makes chunks resident that nobody waits for.
+    pub(crate) fn ensure_chunks(
+        &self,
+        chunks: Range<u32>,
+        priority: Priority,
+    ) -> Result<(), ReadError> {
+        let table = self.table(priority)?;
+        self.filler(table)
+            .run(&[chunks], priority, Unwritten::Refuse, Unvouched::Skip)
     }
 
     /// Makes parts of chunks resident, as few requests as possible for all of them.
@@ -208,6 +226,9 @@ impl Blob {
     /// As for [`Blob::ensure`], and [`ReadError::Mismatch`] for a span that is not
     /// inside its chunk.
     pub fn ensure_spans(&self, spans: &[ChunkSpan], priority: Priority) -> Result<(), ReadError> {
+        if let (Some(first), Some(last)) = (spans.first(), spans.last()) {
+            self.read_ahead(&(first.plain.start..last.plain.end), priority);
+        }
         if spans.iter().all(|span| self.is_span_resident(span)) {
             return Ok(());
         }
@@ -221,6 +242,9 @@ impl Blob {
                 Some(range) if range.contains(&index) => {}
                 _ => ranges.push(index..index + 1),
             }
+        }
+        for range in &ranges {
+            self.missed(table, range.clone(), priority);
         }
         self.filler(table)
             .run(&ranges, priority, Unwritten::Refuse, Unvouched::Refuse)
@@ -274,6 +298,12 @@ impl Blob {
         }
     }
 
+    /// Tells which chunks belong together, for better guesses about what is wanted
+    /// next. Only the first call has an effect.
+    pub fn set_neighbourhoods(&self, neighbourhoods: Neighbourhoods) {
+        let _ = self.neighbourhoods.set(neighbourhoods);
+    }
+
     /// The cache file, for front ends that read resident spans by themselves
     /// (splice, scattered reads); `None` while it cannot be opened.
     #[must_use]
@@ -281,15 +311,39 @@ impl Blob {
         self.files.get().map(|files| &files.data)
     }
 
-    /// The seam for readahead: the chunks to fetch for a miss on `chunks`. Nothing
-    /// is added today. A reader known to be sequential may get up to 4 MiB more here;
-    /// what is added should be waited for by nobody.
-    #[allow(
-        clippy::unused_self,
-        reason = "readahead will look at the history of reads"
-    )]
-    fn widen(&self, chunks: Range<u32>) -> Range<u32> {
-        chunks
+    /// Starts fetching what a sequential reader will want after `plain`.
+    fn read_ahead(&self, plain: &Range<u64>, priority: Priority) {
+        if priority != Priority::OnDemand || self.is_complete() {
+            return;
+        }
+        if let Some(next) = self.streams.advise(plain, self.info.uncompressed_size)
+            && !self.is_resident(next.clone())
+            && let Some(blob) = self.this.upgrade()
+        {
+            readahead::submit(blob, next);
+        }
+    }
+
+    /// Starts fetching what the reader who misses one of `chunks` may want next.
+    fn missed(&self, table: &ChunkTable, mut chunks: Range<u32>, priority: Priority) {
+        if priority != Priority::OnDemand {
+            return;
+        }
+        let ready = |index| self.files.is_ready(index);
+        let missing = chunks.find(|index| !ready(ChunkIndex::new(*index)));
+        if let Some(index) = missing {
+            let known = Known {
+                misses: &self.misses,
+                len: table.len(),
+                size: &|index| {
+                    let chunk = table.chunk(ChunkIndex::new(index));
+                    chunk.map_or(0, |chunk| chunk.plain_size.into())
+                },
+                chunk_size: self.info.chunk_size,
+                neighbourhoods: self.neighbourhoods.get(),
+            };
+            speculate::submit(&self.this, known.guess(ChunkIndex::new(index), ready));
+        }
     }
 
     fn filler<'a>(&'a self, table: &'a ChunkTable) -> Filler<'a> {

@@ -208,7 +208,9 @@ impl<'a> Filler<'a> {
                 Err(error) => return Err(error),
             };
             let joined = match &unit {
-                Some(unit) if !plan::joins(unit, &piece.stored) => break,
+                Some(unit) if !plan::joins(unit, &piece.stored, plan::gap(request.priority)) => {
+                    break;
+                }
                 Some(unit) => unit.start..unit.end.max(piece.stored.end),
                 None => piece.stored.clone(),
             };
@@ -258,7 +260,9 @@ impl<'a> Filler<'a> {
             .into_iter()
             .filter_map(|job| self.without_local(job, request))
             .collect();
-        for (range, jobs) in plan::units(jobs, |job: &Job<'_>| &job.stored) {
+        for (range, jobs) in plan::units(jobs, plan::gap(request.priority), |job: &Job<'_>| {
+            &job.stored
+        }) {
             self.fetch_unit(range, jobs.into(), request);
         }
     }
@@ -342,6 +346,14 @@ impl<'a> Filler<'a> {
             .fetch(&fetch, &mut |bytes| unpacker.feed(bytes, request));
         self.metrics.fetched(fetch.priority, unpacker.received);
         add_time(&self.metrics.fetch_time, start);
+        tracing::debug!(
+            blob = %self.info.id,
+            at = range.start,
+            len = range.end - range.start,
+            priority = ?fetch.priority,
+            elapsed = ?start.elapsed(),
+            "fetched"
+        );
         if unpacker.jobs.is_empty() {
             return Ok(());
         }

@@ -32,7 +32,10 @@ pub mod mapped;
 pub mod metrics;
 pub mod oci;
 pub mod original;
+pub mod prefetch;
+mod readahead;
 pub mod ready_map;
+pub mod speculate;
 pub mod sync;
 pub mod units;
 

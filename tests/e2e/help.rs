@@ -17,6 +17,10 @@ fn every_command_explains_itself() {
         &["merge", "--help"],
         &["check", "--help"],
         &["convert", "--help"],
+        &["inspect", "--help"],
+        &["stat", "--help"],
+        &["unpack", "--help"],
+        &["export", "--help"],
     ] {
         let finished = output(nydus_image().unwrap(), arguments);
         assert_eq!(finished.code(), 0, "{arguments:?}");

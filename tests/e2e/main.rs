@@ -10,6 +10,8 @@
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`lifecycle`]: daemons end cleanly, however they are told
+//! - [`prefetch`]: what is fetched before it is read
+//! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
 
 #![allow(
@@ -29,5 +31,7 @@ mod kernel;
 mod kernel_matrix;
 mod lifecycle;
 mod merge;
+mod prefetch;
 mod reuse;
 mod scene;
+mod unpack;

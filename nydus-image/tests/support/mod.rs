@@ -14,6 +14,8 @@
     reason = "helpers of tests fail like tests"
 )]
 
+pub mod arbitrary;
+
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt as _;

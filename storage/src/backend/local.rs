@@ -6,8 +6,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{Backend, BackendError, Fetch, Sink, Stop};
 use crate::blob_id::BlobId;
@@ -50,7 +51,7 @@ impl LocalBackend {
     }
 }
 
-fn open_regular(path: &std::path::Path) -> io::Result<File> {
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
     // Opening a pipe must not wait for its writer.
     let file = OpenOptions::new()
         .read(true)
@@ -66,7 +67,7 @@ fn open_regular(path: &std::path::Path) -> io::Result<File> {
     }
 }
 
-fn file_error(path: PathBuf, offset: u64, len: u64, source: io::Error) -> BackendError {
+pub(super) fn file_error(path: PathBuf, offset: u64, len: u64, source: io::Error) -> BackendError {
     BackendError::File {
         path,
         offset,
@@ -75,35 +76,45 @@ fn file_error(path: PathBuf, offset: u64, len: u64, source: io::Error) -> Backen
     }
 }
 
+/// Delivers the bytes of `range`, all of them or an error.
+pub(super) fn read_range(
+    path: &Path,
+    file: &File,
+    range: &Range<u64>,
+    sink: &mut Sink<'_>,
+) -> Result<(), BackendError> {
+    let wanted = range.end.saturating_sub(range.start);
+    let mut buffer = vec![0; PIECE.min(usize::try_from(wanted).unwrap_or(PIECE))];
+    let mut at = range.start;
+    while at < range.end {
+        let rest = range.end - at;
+        let len = buffer
+            .len()
+            .min(usize::try_from(rest).unwrap_or(usize::MAX));
+        let piece = buffer.get_mut(..len).unwrap_or_default();
+        let got = match file.read_at(piece, at) {
+            Ok(got) => got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(source) => return Err(file_error(path.to_owned(), at, rest, source)),
+        };
+        if got == 0 {
+            return Err(BackendError::Short {
+                name: path.display().to_string(),
+                offset: range.start,
+                len: wanted,
+                got: at - range.start,
+            });
+        }
+        sink(piece.get(..got).unwrap_or_default()).map_err(|Stop| BackendError::Stopped)?;
+        at += crate::codec::as_u64(got);
+    }
+    Ok(())
+}
+
 impl Backend for LocalBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
         let (path, file) = self.open(request.blob)?;
-        let wanted = request.range.end.saturating_sub(request.range.start);
-        let mut buffer = vec![0; PIECE.min(usize::try_from(wanted).unwrap_or(PIECE))];
-        let mut at = request.range.start;
-        while at < request.range.end {
-            let rest = request.range.end - at;
-            let len = buffer
-                .len()
-                .min(usize::try_from(rest).unwrap_or(usize::MAX));
-            let piece = buffer.get_mut(..len).unwrap_or_default();
-            let got = match file.read_at(piece, at) {
-                Ok(got) => got,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(source) => return Err(file_error(path, at, rest, source)),
-            };
-            if got == 0 {
-                return Err(BackendError::Short {
-                    name: path.display().to_string(),
-                    offset: request.range.start,
-                    len: wanted,
-                    got: at - request.range.start,
-                });
-            }
-            sink(piece.get(..got).unwrap_or_default()).map_err(|Stop| BackendError::Stopped)?;
-            at += crate::codec::as_u64(got);
-        }
-        Ok(())
+        read_range(&path, &file, &request.range, sink)
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
@@ -118,7 +129,6 @@ impl Backend for LocalBackend {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::ops::Range;
 
     use super::*;
     use crate::backend::{Priority, fetch_to_vec};

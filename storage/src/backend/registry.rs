@@ -18,34 +18,27 @@
 //! Not here yet: a limit on requests in flight that lets on-demand requests pass
 //! prefetch, and hedging of slow ones; [`Backend::fetch`] is the place for both.
 
-mod answer;
+pub(super) mod answer;
 mod auth;
 mod open;
-mod retry;
-mod transfer;
+pub(super) mod retry;
+pub(super) mod transfer;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bytes::Bytes;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
 use url::Url;
 
 pub use auth::Credentials;
 pub use retry::RetryLimits;
 
-use super::{Backend, BackendError, Fetch, Sink, Stop};
+use super::{Backend, BackendError, Fetch, Sink, bridge};
 use crate::blob_id::BlobId;
-use crate::codec::as_u64;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
-
-/// Pieces of a body that wait for the receiver. Each is what one read of the socket
-/// gave, some ten KiB.
-const QUEUE: usize = 16;
 
 /// Threads of the runtime. They move bytes and do TLS; decoding is done elsewhere.
 const THREADS: usize = 2;
@@ -239,40 +232,18 @@ impl Drop for RegistryBackend {
 
 impl Backend for RegistryBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
-        let (sender, mut receiver) = mpsc::channel::<Result<Bytes, BackendError>>(QUEUE);
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
         let range = request.range.clone();
-        let task = self
-            .runtime()?
-            .spawn(async move { client.transfer(&blob, range, sender).await });
-        let mut missing = request.range.end.saturating_sub(request.range.start);
-        let result = loop {
-            match receiver.blocking_recv() {
-                Some(Ok(bytes)) => {
-                    missing = missing.saturating_sub(as_u64(bytes.len()));
-                    if let Err(Stop) = sink(&bytes) {
-                        break Err(BackendError::Stopped);
-                    }
-                }
-                Some(Err(error)) => break Err(error),
-                None if missing == 0 => break Ok(()),
-                None => break Err(self.client.vanished(request.blob)),
-            }
-        };
-        // Whatever it is waiting for, nobody else does.
-        task.abort();
-        result
+        bridge::fetch(self.runtime()?, request, sink, |out| async move {
+            client.transfer(&blob, range, out).await;
+        })
+        .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let (sender, mut receiver) = mpsc::channel(1);
         let (client, id) = (Arc::clone(&self.client), blob.clone());
-        self.runtime()?.spawn(async move {
-            let _ = sender.send(client.size(&id).await).await;
-        });
-        receiver
-            .blocking_recv()
-            .unwrap_or_else(|| Err(self.client.vanished(blob)))
+        bridge::answer(self.runtime()?, async move { client.size(&id).await })
+            .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(blob)))
     }
 }
 

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
+use storage::oci::ImageRef;
 use support::binaries::{nydus_image, nydusd};
 use support::command::{interrupted, stop_on_signals, succeed, succeed_within};
 use support::mount::Nydusd;
@@ -71,6 +72,10 @@ fn push(cli: &Cli, registry: &Registry) -> Result<()> {
         say(&format!("image       {source}"))?;
         let mut skopeo = Command::new("skopeo");
         skopeo.args(["--insecure-policy", "copy", "--dest-tls-verify=false"]);
+        if matches!(source.parse(), Ok(ImageRef::Registry(name)) if name.is_loopback()) {
+            // Registries on this machine speak plain HTTP, as for `nydus-image`.
+            skopeo.arg("--src-tls-verify=false");
+        }
         skopeo.arg(format!("docker://{source}"));
         skopeo.arg(format!("docker://{}", registry.reference("demo:original")));
         succeed_within(&mut skopeo, DEADLINE)?;

@@ -23,15 +23,15 @@ const MAX_SKIP: u64 = 512 << 20;
 
 /// Which part of a body is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Body {
+pub(in crate::backend) struct Body {
     /// Bytes before it.
-    pub(super) skip: u64,
+    pub(in crate::backend) skip: u64,
     /// Its length; what follows is not read.
-    pub(super) len: u64,
+    pub(in crate::backend) len: u64,
 }
 
 /// The URL as it may be shown.
-pub(super) fn public_name(url: &Url) -> String {
+pub(in crate::backend) fn public_name(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);
@@ -42,7 +42,7 @@ pub(super) fn public_name(url: &Url) -> String {
 }
 
 /// A cause with all its own causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(in crate::backend) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
@@ -53,7 +53,11 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-pub(super) fn transport(url: &Url, action: &'static str, error: reqwest::Error) -> Failure {
+pub(in crate::backend) fn transport(
+    url: &Url,
+    action: &'static str,
+    error: reqwest::Error,
+) -> Failure {
     Failure::later(BackendError::Transport {
         url: public_name(url),
         action,
@@ -62,7 +66,7 @@ pub(super) fn transport(url: &Url, action: &'static str, error: reqwest::Error) 
     })
 }
 
-pub(super) fn timed_out(url: &Url, action: &'static str, limit: Duration) -> Failure {
+pub(in crate::backend) fn timed_out(url: &Url, action: &'static str, limit: Duration) -> Failure {
     Failure::later(BackendError::Transport {
         url: public_name(url),
         action,
@@ -71,7 +75,11 @@ pub(super) fn timed_out(url: &Url, action: &'static str, limit: Duration) -> Fai
 }
 
 /// Checks the headers of a successful answer against what was asked for.
-pub(super) fn body(url: &Url, answer: &Response, asked: &Range<u64>) -> Result<Body, Failure> {
+pub(in crate::backend) fn body(
+    url: &Url,
+    answer: &Response,
+    asked: &Range<u64>,
+) -> Result<Body, Failure> {
     if answer.status() == StatusCode::PARTIAL_CONTENT {
         return partial(url, answer, asked);
     }
@@ -132,7 +140,7 @@ fn partial(url: &Url, answer: &Response, asked: &Range<u64>) -> Result<Body, Fai
 }
 
 /// Length of the whole blob, from the answer to a HEAD or to a ranged GET.
-pub(super) fn total_size(answer: &Response) -> Option<u64> {
+pub(in crate::backend) fn total_size(answer: &Response) -> Option<u64> {
     if answer.status() == StatusCode::PARTIAL_CONTENT {
         let text = answer.headers().get(CONTENT_RANGE)?.to_str().ok()?;
         return parse_content_range(text)?.1;
@@ -168,7 +176,7 @@ fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
 ///
 /// * `ours`: whether the registry answered, and not the host of a redirect, whose
 ///   answers quote signed URLs.
-pub(super) async fn status_error(url: &Url, answer: Response, ours: bool) -> Failure {
+pub(in crate::backend) async fn status_error(url: &Url, answer: Response, ours: bool) -> Failure {
     let status = answer.status();
     let again = match status.as_u16() {
         408 | 425 | 429 | 500 | 502 | 503 | 504 => retry_after(&answer),
@@ -232,7 +240,7 @@ fn element<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// One short line of plain characters.
-pub(super) fn sanitise(text: &str) -> String {
+pub(in crate::backend) fn sanitise(text: &str) -> String {
     let plain: String = text
         .chars()
         .map(|c| if c.is_ascii_graphic() { c } else { ' ' })

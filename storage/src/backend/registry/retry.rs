@@ -37,7 +37,7 @@ impl Default for RetryLimits {
 
 /// Whether another attempt makes sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Again {
+pub(in crate::backend) enum Again {
     /// The answer will be the same.
     Never,
     /// After a while.
@@ -48,20 +48,20 @@ pub(super) enum Again {
 
 /// An attempt that failed.
 #[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) error: BackendError,
-    pub(super) again: Again,
+pub(in crate::backend) struct Failure {
+    pub(in crate::backend) error: BackendError,
+    pub(in crate::backend) again: Again,
 }
 
 impl Failure {
-    pub(super) fn never(error: BackendError) -> Self {
+    pub(in crate::backend) fn never(error: BackendError) -> Self {
         Self {
             error,
             again: Again::Never,
         }
     }
 
-    pub(super) fn later(error: BackendError) -> Self {
+    pub(in crate::backend) fn later(error: BackendError) -> Self {
         Self {
             error,
             again: Again::Later,
@@ -70,19 +70,23 @@ impl Failure {
 }
 
 /// The attempts of one fetch.
-pub(super) struct Attempts<'a> {
+pub(in crate::backend) struct Attempts<'a> {
     limits: &'a RetryLimits,
     metrics: &'a Metrics,
     start: Instant,
     /// When to give up at the latest.
-    pub(super) deadline: Instant,
+    pub(in crate::backend) deadline: Instant,
     made: u32,
     /// Failures since the last progress.
     fruitless: u32,
 }
 
 impl<'a> Attempts<'a> {
-    pub(super) fn new(limits: &'a RetryLimits, metrics: &'a Metrics, total: Duration) -> Self {
+    pub(in crate::backend) fn new(
+        limits: &'a RetryLimits,
+        metrics: &'a Metrics,
+        total: Duration,
+    ) -> Self {
         let start = Instant::now();
         Self {
             limits,
@@ -102,7 +106,7 @@ impl<'a> Attempts<'a> {
     /// # Errors
     /// The failure itself if it is final, else [`BackendError::GaveUp`] once there
     /// were too many, or the next attempt would be too late.
-    pub(super) async fn after(
+    pub(in crate::backend) async fn after(
         &mut self,
         failure: Failure,
         progress: bool,
@@ -133,7 +137,7 @@ impl<'a> Attempts<'a> {
         delay.min(self.limits.max_delay)
     }
 
-    pub(super) fn gave_up(&self, error: BackendError) -> BackendError {
+    pub(in crate::backend) fn gave_up(&self, error: BackendError) -> BackendError {
         BackendError::GaveUp {
             attempts: self.made.max(1),
             elapsed: self.start.elapsed(),

@@ -5,7 +5,9 @@ use std::time::Instant;
 use server::{Reply, Server};
 
 use super::*;
+use crate::backend::Stop;
 use crate::backend::{Priority, fetch_to_vec};
+use crate::codec::as_u64;
 use crate::sync::Ordering;
 
 const PASSWORD: &str = "hunter2";

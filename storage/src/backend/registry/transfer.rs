@@ -3,28 +3,25 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
+use bytes::Buf as _;
 use reqwest::{Method, Response};
-use tokio::sync::mpsc::Sender;
 use url::Url;
 
 use super::Client;
 use super::answer::{self, Body, public_name, timed_out, transport};
 use super::retry::{Attempts, Failure};
 use crate::backend::BackendError;
+use crate::backend::bridge::Output;
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
 
-/// Where the bytes go; the last message may be the error.
-pub(super) type Output = Sender<Result<Bytes, BackendError>>;
-
 /// Bytes per second that even a slow link carries: for each, large fetches get a
 /// second more.
-const SLOW_LINK: u64 = 256 << 10;
+pub(in crate::backend) const SLOW_LINK: u64 = 256 << 10;
 
 /// Bytes that an attempt must have brought to count as progress. Less would let a
 /// broken server keep us busy for long.
-const PROGRESS: u64 = 4096;
+pub(in crate::backend) const PROGRESS: u64 = 4096;
 
 impl Client {
     /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
@@ -79,48 +76,7 @@ impl Client {
     ) -> Result<(), Failure> {
         let (url, answer) = self.open(&Method::GET, blob, *at..end).await?;
         let body = answer::body(&url, &answer, &(*at..end))?;
-        self.stream(&url, answer, body, at, out).await
-    }
-
-    async fn stream(
-        &self,
-        url: &Url,
-        mut answer: Response,
-        body: Body,
-        at: &mut u64,
-        out: &Output,
-    ) -> Result<(), Failure> {
-        const ACTION: &str = "reading the body of an answer";
-        let (start, end) = (*at, at.saturating_add(body.len));
-        let mut skip = body.skip;
-        while *at < end {
-            let limit = self.timeouts.read;
-            let piece = match tokio::time::timeout(limit, answer.chunk()).await {
-                Ok(piece) => piece.map_err(|error| transport(url, ACTION, error))?,
-                Err(_elapsed) => return Err(timed_out(url, ACTION, limit)),
-            };
-            let Some(mut piece) = piece else {
-                return Err(Failure::later(BackendError::Short {
-                    name: public_name(url),
-                    offset: start,
-                    len: end - start,
-                    got: *at - start,
-                }));
-            };
-            let skipped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
-            piece.advance(skipped);
-            skip -= as_u64(skipped);
-            piece.truncate(usize::try_from(end - *at).unwrap_or(usize::MAX));
-            if piece.is_empty() {
-                continue;
-            }
-            let len = as_u64(piece.len());
-            if out.send(Ok(piece)).await.is_err() {
-                return Err(Failure::never(BackendError::Stopped));
-            }
-            *at += len;
-        }
-        Ok(())
+        stream(self.timeouts.read, &url, answer, body, at, out).await
     }
 
     /// Length of a blob: by HEAD, or where that is refused by asking for one byte.
@@ -150,4 +106,48 @@ impl Client {
             })
         })
     }
+}
+
+/// Sends the wanted part of a body to `out`. `at` moves past what was delivered,
+/// also on error.
+///
+/// * `limit`: longest wait between two pieces.
+pub(in crate::backend) async fn stream(
+    limit: Duration,
+    url: &Url,
+    mut answer: Response,
+    body: Body,
+    at: &mut u64,
+    out: &Output,
+) -> Result<(), Failure> {
+    const ACTION: &str = "reading the body of an answer";
+    let (start, end) = (*at, at.saturating_add(body.len));
+    let mut skip = body.skip;
+    while *at < end {
+        let piece = match tokio::time::timeout(limit, answer.chunk()).await {
+            Ok(piece) => piece.map_err(|error| transport(url, ACTION, error))?,
+            Err(_elapsed) => return Err(timed_out(url, ACTION, limit)),
+        };
+        let Some(mut piece) = piece else {
+            return Err(Failure::later(BackendError::Short {
+                name: public_name(url),
+                offset: start,
+                len: end - start,
+                got: *at - start,
+            }));
+        };
+        let skipped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
+        piece.advance(skipped);
+        skip -= as_u64(skipped);
+        piece.truncate(usize::try_from(end - *at).unwrap_or(usize::MAX));
+        if piece.is_empty() {
+            continue;
+        }
+        let len = as_u64(piece.len());
+        if out.send(Ok(piece)).await.is_err() {
+            return Err(Failure::never(BackendError::Stopped));
+        }
+        *at += len;
+    }
+    Ok(())
 }

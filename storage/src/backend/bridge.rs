@@ -1,0 +1,66 @@
+//! From asynchronous transfers to blocking callers.
+//!
+//! Bytes come out through a bounded channel, so a slow receiver slows the transfer
+//! down instead of filling memory.
+
+use std::future::Future;
+
+use bytes::Bytes;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+use super::{BackendError, Fetch, Sink, Stop};
+use crate::codec::as_u64;
+
+/// Pieces of a body that wait for the receiver. Each is what one read of the socket
+/// gave, some ten KiB.
+const QUEUE: usize = 16;
+
+/// Where a transfer puts its bytes; the last message may be the error.
+pub(super) type Output = mpsc::Sender<Result<Bytes, BackendError>>;
+
+/// The task ended without a result, which only a panic or a shutdown can do.
+pub(super) struct Vanished;
+
+/// Runs a transfer and feeds `sink` until all bytes of `request` are there.
+pub(super) fn fetch<F>(
+    runtime: &Runtime,
+    request: &Fetch<'_>,
+    sink: &mut Sink<'_>,
+    transfer: impl FnOnce(Output) -> F,
+) -> Result<Result<(), BackendError>, Vanished>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let (sender, mut receiver) = mpsc::channel(QUEUE);
+    let task = runtime.spawn(transfer(sender));
+    let mut missing = request.range.end.saturating_sub(request.range.start);
+    let result = loop {
+        match receiver.blocking_recv() {
+            Some(Ok(bytes)) => {
+                missing = missing.saturating_sub(as_u64(bytes.len()));
+                if let Err(Stop) = sink(&bytes) {
+                    break Ok(Err(BackendError::Stopped));
+                }
+            }
+            Some(Err(error)) => break Ok(Err(error)),
+            None if missing == 0 => break Ok(Ok(())),
+            None => break Err(Vanished),
+        }
+    };
+    // Whatever it is waiting for, nobody else does.
+    task.abort();
+    result
+}
+
+/// Waits for one value.
+pub(super) fn answer<T: Send + 'static>(
+    runtime: &Runtime,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, Vanished> {
+    let (sender, mut receiver) = mpsc::channel(1);
+    runtime.spawn(async move {
+        let _ = sender.send(work.await).await;
+    });
+    receiver.blocking_recv().ok_or(Vanished)
+}
