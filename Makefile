@@ -20,13 +20,16 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
 
-soak: ## Kill daemons under load for a few minutes (as root); KILLS=1000 for each driver
-	NYDUS_KILLS=$(or $(KILLS),1000) cargo test --locked --workspace --test e2e -- --nocapture --test-threads 1 kills
+soak: install ## Run the long versions of randomised tests (as root)
+	CACHE_CUTS=200 cargo test --locked --workspace --test crash
+	NYDUS_KILLS=1000 cargo test --locked --workspace --test e2e -- --nocapture --test-threads 1 kills
 
-bench: build ## Print build and read speed against tar, zstd and ext4 (as root)
+bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh
 	misc/bench/read.sh
 	misc/bench/mount.sh
+	misc/bench/coldstart.sh
+	misc/bench/datapath.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

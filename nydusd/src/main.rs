@@ -14,8 +14,10 @@ mod cli;
 mod config;
 mod daemon;
 mod driver;
+mod elf;
 mod erofs;
 mod errno;
+mod follow;
 mod fuse;
 mod keeper;
 mod limits;
@@ -23,7 +25,9 @@ mod logging;
 mod mountinfo;
 mod mounts;
 mod pool;
+mod prefetch;
 mod pull;
+mod record;
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
@@ -185,18 +189,20 @@ fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<(Source, 
     let bootstrap = options.bootstrap.clone().context(
         "--bootstrap is missing; mounting later through the control API is not supported yet",
     )?;
-    if let Some(path) = &options.prefetch_files {
-        std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read --prefetch-files {}", path.display()))?;
-        tracing::warn!("--prefetch-files has no effect yet");
-    }
+    let files = options.prefetch_files.as_deref();
+    let files = files.map(prefetch::read_list).transpose()?;
     if let Some(dir) = &options.localfs_dir {
-        return Ok((Source::local(bootstrap, dir, dir)?, None));
+        let mut source = Source::local(bootstrap, dir, dir)?;
+        source.prefetch.files = files;
+        return Ok((source, None));
     }
     let path = global
         .config
         .as_deref()
         .context("--config or --localfs-dir is missing")?;
     let config = mounts::load_config(path)?;
-    Ok((Source::configured(bootstrap, &config)?, config.driver))
+    let mut source = Source::configured(bootstrap, &config)?;
+    // A list on the command line is a wish of its own, whatever the configuration says.
+    source.prefetch.files = files.or(source.prefetch.files);
+    Ok((source, config.driver))
 }

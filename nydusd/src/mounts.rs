@@ -19,10 +19,18 @@ use storage::backend::Backend;
 use storage::backend::local::LocalBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
-use storage::cache::CacheDir;
-use storage::oci::{self, Access, RegistryRef};
+use storage::budget::Budget;
+use storage::cache::{CacheDir, CacheError, Limits, Settings};
+use storage::oci::credentials::DockerConfig;
+use storage::oci::{Access, RegistryRef};
+use storage::prefetch::Prefetch;
 
 use crate::config::{self, Config, Login};
+use crate::follow;
+use crate::fuse::node::Slot;
+use crate::fuse::{Background, RafsFs};
+use crate::prefetch::{self, Wish};
+use crate::record::Recorder;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
@@ -39,8 +47,12 @@ pub(crate) struct Source {
     pub bootstrap: PathBuf,
     /// Where its blobs come from.
     pub backend: Arc<dyn Backend>,
-    /// Directory of the chunk cache.
-    pub cache_dir: PathBuf,
+    /// The chunk cache.
+    pub cache: config::Cache,
+    /// What to fetch before it is read.
+    pub prefetch: Wish,
+    /// File for the list of files that are read.
+    pub record: Option<PathBuf>,
 }
 
 impl Source {
@@ -55,7 +67,9 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
-            cache_dir: cache.to_owned(),
+            cache: config::Cache::in_dir(cache),
+            prefetch: Wish::default(),
+            record: None,
         })
     }
 
@@ -65,7 +79,16 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: backend(&config.backend)?,
-            cache_dir: config.cache_dir.clone(),
+            cache: config.cache.clone(),
+            prefetch: match &config.prefetch {
+                Some(prefetch) => Wish::configured(prefetch),
+                // Not enabled: not even what the image names.
+                None => Wish {
+                    files: Some(Vec::new()),
+                    ..Wish::default()
+                },
+            },
+            record: None,
         })
     }
 }
@@ -82,12 +105,6 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
     }
     for warning in &config.warnings {
         tracing::warn!("configuration {}: {warning}", path.display());
-    }
-    if config.prefetch.is_some() {
-        tracing::warn!(
-            "configuration {}: prefetch has no effect yet",
-            path.display()
-        );
     }
     Ok(config)
 }
@@ -127,7 +144,7 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
 /// The repository of an image reference as back end.
 ///
 /// # Errors
-/// When the credentials are of a kind that only works for whole images.
+/// When the reference or the credentials cannot be used.
 pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
     let host = if name.host == "docker.io" {
@@ -138,16 +155,11 @@ pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result
     let mut settings = RegistryConfig::new(host, &name.repository);
     let plain = access.plain_http || name.is_loopback();
     settings.scheme = if plain { Scheme::Http } else { Scheme::Https };
-    settings.auth = match access.credentials.clone().unwrap_or_default() {
-        oci::Credentials::Anonymous => Credentials::Anonymous,
-        oci::Credentials::Basic { username, password } => Credentials::Basic { username, password },
-        oci::Credentials::Bearer(token) => Credentials::Bearer(token),
-        oci::Credentials::Identity(_) => anyhow::bail!(
-            "credentials for {}: identity tokens are not supported yet for reading on demand; \
-             set {AUTH_VARIABLE} to the base64 form of `user:password`",
-            name.host
-        ),
-    };
+    settings.auth = access.credentials.clone().unwrap_or_default();
+    if login_from_environment()?.is_none() {
+        // Helpers hand out credentials that end while an image is mounted.
+        settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));
+    }
     start_registry(settings)
 }
 
@@ -176,6 +188,18 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
+fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
+    let settings = Settings {
+        limits: Limits {
+            max_bytes: cache.max_bytes,
+            min_free_percent: cache.min_free_percent,
+        },
+        memory: Budget::new(cache.memory),
+        ..Settings::default()
+    };
+    CacheDir::open_as(&cache.dir, settings)
+}
+
 /// An image, ready to be served.
 #[derive(Debug)]
 pub(crate) struct Opened {
@@ -187,6 +211,28 @@ pub(crate) struct Opened {
     pub cache: CacheDir,
 }
 
+impl Opened {
+    /// Starts to fetch what is wanted before it is read; ends with what is returned.
+    pub(crate) fn prefetch(&self, source: &Source) -> Option<Prefetch> {
+        prefetch::start(&self.image, &self.blobs, &source.prefetch)
+    }
+
+    /// The image as a FUSE file system, with what goes on beside it.
+    ///
+    /// # Errors
+    /// When reads are to be recorded and cannot.
+    pub(crate) fn into_files(self, source: &Source) -> anyhow::Result<RafsFs> {
+        let recorder = source.record.as_deref();
+        let background = Background {
+            prefetch: self.prefetch(source),
+            recorder: recorder
+                .map(|path| Recorder::new(&self.image, path))
+                .transpose()?,
+        };
+        Ok(RafsFs::new(Slot::FIRST, self.image, self.blobs, background))
+    }
+}
+
 /// Opens image and blobs.
 ///
 /// # Errors
@@ -195,8 +241,8 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
-    let cache = CacheDir::open(&source.cache_dir)
-        .with_context(|| format!("cache directory {}", source.cache_dir.display()))?;
+    let cache = open_cache(&source.cache)
+        .with_context(|| format!("cache directory {}", source.cache.dir.display()))?;
     let blobs = (0u32..)
         .zip(image.blobs())
         .map(|(index, info)| {
@@ -205,6 +251,8 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    explore(&image, &blobs);
+    follow::start(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
@@ -216,4 +264,20 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
         blobs,
         cache,
     })
+}
+
+/// Finds out in the background which chunks belong together.
+fn explore(image: &Arc<Image>, blobs: &[Arc<Blob>]) {
+    let (image, blobs) = (Arc::clone(image), blobs.to_vec());
+    let thread = std::thread::Builder::new().name("explore".to_owned());
+    let started = thread.spawn(move || match image.neighbourhoods() {
+        Ok(found) => blobs
+            .iter()
+            .zip(found)
+            .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
+        Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+    });
+    if let Err(error) = started {
+        tracing::debug!("no speculation on neighbours: {error}");
+    }
 }

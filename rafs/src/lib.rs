@@ -25,6 +25,7 @@ pub mod from_image;
 pub mod fs;
 pub mod image;
 pub mod merge;
+mod neighbourhoods;
 pub mod tree;
 pub mod units;
 pub mod verify;

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,6 +37,7 @@ use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAI
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::readahead::{self, Streams};
+use crate::speculate::{self, Known, Misses, Neighbourhoods, Observer};
 use crate::sync::{Arc, OnceLock, Ordering, Weak};
 use crate::units::ChunkIndex;
 
@@ -72,6 +74,9 @@ pub struct Blob {
     table_flight: Flights,
     fill: FillState,
     streams: Streams,
+    misses: Misses,
+    neighbourhoods: OnceLock<Neighbourhoods>,
+    observer: OnceLock<Arc<dyn Observer>>,
     /// For readahead, which outlives the call that asks for it.
     this: Weak<Self>,
 }
@@ -90,7 +95,8 @@ impl Blob {
     /// Opens the cache files of a blob, and its chunk table if it is cached.
     ///
     /// Makes no request. Cache files that cannot be opened are no error, see
-    /// [`Blob::cache_state`].
+    /// [`Blob::cache_state`]. Asks for the digest of every chunk once, to see whether
+    /// this image may share the files with those that used them before.
     ///
     /// # Errors
     /// [`ReadError::Table`] for a blob of a kind that is not supported.
@@ -100,9 +106,9 @@ impl Blob {
         backend: Arc<dyn Backend>,
         digests: Arc<dyn ChunkDigests>,
     ) -> Result<Arc<Self>, ReadError> {
-        let table = table::cached(cache, &info)?;
+        let table = table::cached(cache, &info, &*digests)?;
         Ok(Arc::new_cyclic(|this| Self {
-            files: BlobFiles::open(cache, &info),
+            files: BlobFiles::open(cache, &info, Arc::clone(&digests)),
             cache: cache.clone(),
             backend,
             digests,
@@ -110,6 +116,9 @@ impl Blob {
             table_flight: Flights::default(),
             fill: FillState::default(),
             streams: Streams::default(),
+            misses: Misses::default(),
+            neighbourhoods: OnceLock::new(),
+            observer: OnceLock::new(),
             this: Weak::clone(this),
             info,
         }))
@@ -125,6 +134,12 @@ impl Blob {
     #[must_use]
     pub fn cache_state(&self) -> CacheState {
         self.files.state()
+    }
+
+    /// The cache file, where it is or will be. It has its full length from the start.
+    #[must_use]
+    pub fn data_path(&self) -> PathBuf {
+        self.files.data_path()
     }
 
     /// Number of resident chunks.
@@ -197,8 +212,20 @@ impl Blob {
         }
         let table = self.table(priority)?;
         let chunks = self.covering(table, plain)?;
+        self.missed(table, chunks.clone(), priority);
         self.filler(table)
             .run(&[chunks], priority, Unwritten::Refuse, unvouched)
+    }
+
+    /// Makes chunks resident that nobody waits for.
+    pub(crate) fn ensure_chunks(
+        &self,
+        chunks: Range<u32>,
+        priority: Priority,
+    ) -> Result<(), ReadError> {
+        let table = self.table(priority)?;
+        self.filler(table)
+            .run(&[chunks], priority, Unwritten::Refuse, Unvouched::Skip)
     }
 
     /// Makes parts of chunks resident, as few requests as possible for all of them.
@@ -225,6 +252,9 @@ impl Blob {
                 Some(range) if range.contains(&index) => {}
                 _ => ranges.push(index..index + 1),
             }
+        }
+        for range in &ranges {
+            self.missed(table, range.clone(), priority);
         }
         self.filler(table)
             .run(&ranges, priority, Unwritten::Refuse, Unvouched::Refuse)
@@ -266,8 +296,10 @@ impl Blob {
         if span.plain.end.checked_sub(span.plain.start) != Some(as_u64(dst.len())) {
             return Err(self.out_of_range(span.plain.clone()));
         }
-        match self.ensure_spans(std::slice::from_ref(span), priority) {
-            Ok(()) => self.read_file(span.plain.start, dst),
+        let resident = self.ensure_spans(std::slice::from_ref(span), priority);
+        match resident.and_then(|()| self.read_file(span.plain.start, dst)) {
+            Ok(()) => Ok(()),
+            // Not written, or somebody shortened the file under us.
             Err(ReadError::Cache { .. }) => {
                 let bytes = self.read_to_memory(span.plain.clone(), priority)?;
                 // Of that length, because the range was.
@@ -276,6 +308,22 @@ impl Blob {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Tells which chunks belong together, for better guesses about what is wanted
+    /// next. Only the first call has an effect.
+    pub fn set_neighbourhoods(&self, neighbourhoods: Neighbourhoods) {
+        let _ = self.neighbourhoods.set(neighbourhoods);
+    }
+
+    /// Has `observer` told of misses. Only the first call has an effect.
+    pub fn set_observer(&self, observer: Arc<dyn Observer>) {
+        let _ = self.observer.set(observer);
+    }
+
+    /// Fetches chunks in the background, soon; the next one asked for comes first.
+    pub fn speculate(&self, chunks: Range<u32>) {
+        speculate::submit(&self.this, vec![chunks]);
     }
 
     /// The cache file, for front ends that read resident spans by themselves
@@ -298,6 +346,31 @@ impl Blob {
         }
     }
 
+    /// Starts fetching what the reader who misses one of `chunks` may want next.
+    fn missed(&self, table: &ChunkTable, mut chunks: Range<u32>, priority: Priority) {
+        if priority != Priority::OnDemand {
+            return;
+        }
+        let ready = |index| self.files.is_ready(index);
+        let missing = chunks.find(|index| !ready(ChunkIndex::new(*index)));
+        if let Some(index) = missing {
+            if let Some(observer) = self.observer.get() {
+                observer.missed(ChunkIndex::new(index));
+            }
+            let known = Known {
+                misses: &self.misses,
+                len: table.len(),
+                size: &|index| {
+                    let chunk = table.chunk(ChunkIndex::new(index));
+                    chunk.map_or(0, |chunk| chunk.plain_size.into())
+                },
+                chunk_size: self.info.chunk_size,
+                neighbourhoods: self.neighbourhoods.get(),
+            };
+            speculate::submit(&self.this, known.guess(ChunkIndex::new(index), ready));
+        }
+    }
+
     fn filler<'a>(&'a self, table: &'a ChunkTable) -> Filler<'a> {
         Filler {
             info: &self.info,
@@ -307,6 +380,7 @@ impl Blob {
             digests: &*self.digests,
             state: &self.fill,
             metrics: self.cache.metrics(),
+            memory: self.cache.memory(),
         }
     }
 
@@ -378,15 +452,22 @@ impl Blob {
 
     fn read_file(&self, at: u64, dst: &mut [u8]) -> Result<(), ReadError> {
         // Exact: a file that somebody shortened is an error, not zeros.
-        self.file()?
-            .read_exact_at(dst, at)
-            .map_err(|error| self.cache_error("reading resident data", error))
+        self.file()?.read_exact_at(dst, at).map_err(|error| {
+            self.check_length();
+            self.cache_error("reading resident data", error)
+        })
+    }
+
+    /// Has the length of the cache file checked, because a read of resident data came
+    /// out short. If the file was shortened it is replaced; the next read fetches again.
+    pub fn check_length(&self) {
+        self.files.found_short();
     }
 
     fn cache_error(&self, action: &'static str, source: io::Error) -> ReadError {
         ReadError::Cache {
             blob: self.info.id.clone(),
-            source: CacheError::new(&self.cache.data_path(&self.info.id), action, source),
+            source: CacheError::new(&self.files.data_path(), action, source),
         }
     }
 

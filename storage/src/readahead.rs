@@ -25,11 +25,11 @@ const FIRST_WINDOW: u64 = 1 << 20;
 pub(crate) const MAX_WINDOW: u64 = 8 << 20;
 
 /// Requests in a row that make a reader sequential.
-const RUN: u32 = 3;
+const RUN: u32 = 8;
 
 /// How far a request may lie from where its stream ended, in bytes: the kernel sends
 /// several at a time, which arrive in any order, and files have gaps to the next block.
-const SLACK: u64 = 1 << 20;
+const SLACK: u64 = 256 << 10;
 
 /// Readers of one blob that are told apart.
 const STREAMS: usize = 8;
@@ -168,7 +168,7 @@ mod tests {
         let (mut fetched, mut largest) = (0, 0);
         for number in 0..800 {
             let at = number * STEP;
-            if number > 3 {
+            if number > u64::from(RUN) {
                 assert!(fetched > at, "request {number} was not fetched before");
             }
             if let Some(window) = streams.advise(&(at..at + STEP), END) {
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn requests_out_of_order_are_one_stream() {
         let streams = Streams::default();
-        let order = [0, 2, 1, 4, 3, 5, 7, 6];
+        let order = [0, 2, 1, 4, 3, 5, 7, 6, 8, 10, 9, 12, 11, 13];
         let windows = order
             .iter()
             .filter_map(|number| streams.advise(&(number * STEP..(number + 1) * STEP), END));

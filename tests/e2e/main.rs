@@ -7,10 +7,12 @@
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
 //! - [`erofs`]: images that the kernel serves, filled as they are read
+//! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`kills`]: any one process of a daemon can die at any moment
 //! - [`lifecycle`]: daemons end cleanly, however they are told
+//! - [`prefetch`]: what is fetched before it is read
 //! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
 
@@ -27,10 +29,13 @@ mod create;
 mod erofs;
 mod fixtures;
 mod help;
+mod in_place;
 mod kernel;
 mod kernel_matrix;
 mod kills;
 mod lifecycle;
 mod merge;
+mod prefetch;
+mod reuse;
 mod scene;
 mod unpack;

@@ -6,6 +6,7 @@
 //! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
 //! - [`proxy`]: an HTTP proxy that misbehaves as told
+//! - [`relay`]: a slower, longer link in front of a server
 //! - [`tree`]: describe a directory tree, and make a nasty one
 //! - [`image`]: layers and OCI layouts from trees
 //! - [`fixtures`]: images that Nydus v2.4 wrote
@@ -25,5 +26,6 @@ pub mod mount;
 pub mod process;
 pub mod proxy;
 pub mod registry;
+pub mod relay;
 pub mod tokens;
 pub mod tree;

@@ -20,6 +20,7 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use storage::blob::Blob;
+use storage::prefetch::Prefetch;
 
 use super::saved::{self, EVENTS, Phase, Saved};
 use super::{Opened, Source, open};
@@ -31,7 +32,6 @@ use crate::erofs::journal::{FileId, Journal};
 use crate::erofs::place::{self, Place};
 use crate::erofs::sys::{self, EndWatch};
 use crate::fuse::RafsFs;
-use crate::fuse::node::Slot;
 use crate::fuse::session::{Session, check_mountpoint};
 use crate::fuse::workers::Workers;
 use crate::keeper::{Deposit, Deposits, Holder as Keeper, process};
@@ -84,7 +84,11 @@ struct Plan<'a> {
 #[derive(Debug)]
 enum Serving {
     Fuse,
-    Erofs(Arc<ErofsMount>),
+    Erofs {
+        mount: Arc<ErofsMount>,
+        #[expect(dead_code, reason = "it is here to end with the mount")]
+        prefetch: Option<Prefetch>,
+    },
 }
 
 /// What came of a request to take a mount down.
@@ -146,7 +150,13 @@ impl Mounts {
             mountpoint: &mountpoint,
             threads: wish.threads,
         };
-        let mut driver = choose(wish.driver, opened.cache.path());
+        let recorded = source.record.is_some();
+        ensure!(
+            !(recorded && wish.driver == Choice::Erofs),
+            "--record-files needs driver fuse: the kernel does not tell which files are read"
+        );
+        let choice = if recorded { Choice::Fuse } else { wish.driver };
+        let mut driver = choose(choice, opened.cache.path());
         let mut served = None;
         if driver == Driver::Erofs {
             match self.erofs(&plan, &opened) {
@@ -188,8 +198,8 @@ impl Mounts {
         let at = mounts.iter().position(|mount| mount.id == ended.0)?;
         let mount = mounts.remove(at);
         drop(mounts);
-        if let Serving::Erofs(erofs) = &mount.serving {
-            erofs.release();
+        if let Serving::Erofs { mount, .. } = &mount.serving {
+            mount.release();
         }
         self.keeper.withdraw(&saved::name(mount.id));
         Some(mount)
@@ -211,7 +221,7 @@ impl Mounts {
                 .deposit(&saved::name(plan.id), saved.note()?, &files)
         };
         save(&saved)?;
-        let files = RafsFs::new(Slot::FIRST, opened.image, opened.blobs);
+        let files = opened.into_files(plan.source)?;
         let session = Session::mount(plan.mountpoint, device.try_clone()?)?;
         let session = Arc::new(session);
         let served = self
@@ -259,7 +269,7 @@ impl Mounts {
         saved.device = mount.device();
         self.save_erofs(&saved, mount.place(), blobs, Some(mount.end()))
             .inspect_err(|_| detach(plan.mountpoint))?;
-        self.serve_erofs(plan.id, mount)
+        self.serve_erofs(plan.id, mount, opened.prefetch(plan.source))
     }
 
     /// Leaves everything that keeps the mount answered: the lock of its directory, and
@@ -285,12 +295,17 @@ impl Mounts {
             .deposit(&saved::name(saved.id), saved.note()?, &files)
     }
 
-    fn serve_erofs(&self, id: u64, mount: ErofsMount) -> anyhow::Result<(u64, Serving)> {
+    fn serve_erofs(
+        &self,
+        id: u64,
+        mount: ErofsMount,
+        prefetch: Option<Prefetch>,
+    ) -> anyhow::Result<(u64, Serving)> {
         let mount = Arc::new(mount);
         let device = mount.device();
         let watched = Arc::clone(&mount);
         self.spawn(id, move || while !watched.wait_for_end(u16::MAX) {})?;
-        Ok((device, Serving::Erofs(mount)))
+        Ok((device, Serving::Erofs { mount, prefetch }))
     }
 
     fn watch(&self) -> anyhow::Result<Arc<Watch>> {
@@ -367,6 +382,8 @@ impl Mounts {
         // The very file, whatever is in its place by now.
         source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
         source.name.clone_from(&saved.image);
+        // The list began with a predecessor, and would begin anew.
+        source.record = None;
         let opened = open(&source)?;
         let plan = Plan {
             id: saved.id,
@@ -377,7 +394,7 @@ impl Mounts {
         let (device, serving) = match saved.driver {
             Driver::Fuse => {
                 let session = Arc::new(Session::adopt(&saved.mountpoint, next()?));
-                let files = RafsFs::new(Slot::FIRST, opened.image, opened.blobs);
+                let files = opened.into_files(&source)?;
                 self.serve_fuse(saved.id, &session, files, saved.threads)?;
                 if let Err(error) = session.resend() {
                     tracing::error!("requests in flight wait for ever: {error}");
@@ -398,6 +415,7 @@ impl Mounts {
                 }
                 let watch = lock_watch(&self.watch)?;
                 watch.add(&opened.blobs)?;
+                let prefetch = opened.prefetch(&source);
                 let dir = saved.place.clone().context("no directory was saved")?;
                 let place = Place::adopt(dir, saved.bootstrap.clone(), lock);
                 let mount = ErofsMount::adopt(
@@ -408,7 +426,7 @@ impl Mounts {
                     saved.device,
                     end,
                 );
-                self.serve_erofs(saved.id, mount)?
+                self.serve_erofs(saved.id, mount, prefetch)?
             }
         };
         self.enter(&plan, saved.driver, device, serving);

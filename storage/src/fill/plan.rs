@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use crate::backend::Priority;
 use crate::chunk::{Chunk, Encoding};
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
@@ -14,7 +15,16 @@ use crate::units::ChunkIndex;
 
 /// Largest gap between two pieces that is fetched along rather than paid for with
 /// another request, in bytes: about what a slow link carries in one round trip.
-pub(crate) const MAX_GAP: u64 = 64 << 10;
+const MAX_GAP: u64 = 64 << 10;
+
+/// The largest gap of a request that is made for this reason: nobody saves time by
+/// prefetching what lies in a gap, which may be on its way to somebody else.
+pub(crate) fn gap(priority: Priority) -> u64 {
+    match priority {
+        Priority::OnDemand => MAX_GAP,
+        Priority::Prefetch => 0,
+    }
+}
 
 /// Longest joined request in bytes. A longer one would hold up other readers of
 /// its chunks without saving anything.
@@ -150,17 +160,34 @@ fn siblings(
     members
 }
 
+/// Memory that it takes to fetch and decode these pieces by one request, in bytes.
+pub(crate) fn memory(pieces: &[Piece]) -> u64 {
+    let start = pieces.iter().map(|piece| piece.stored.start).min();
+    let end = pieces.iter().map(|piece| piece.stored.end).max();
+    let decoded = |piece: &Piece| match piece.decode {
+        Decode::Raw => 0,
+        Decode::Batch(batch) => u64::from(batch.uncompressed_size),
+        Decode::Single | Decode::Zran(_) => {
+            let end = |member: &Member| u64::from(member.within) + u64::from(member.size);
+            piece.members.iter().map(end).max().unwrap_or(0)
+        }
+    };
+    let request = end.unwrap_or(0).saturating_sub(start.unwrap_or(0));
+    request.saturating_add(pieces.iter().map(decoded).max().unwrap_or(0))
+}
+
 /// Whether a piece at `next` is fetched by the same request as what is in `unit`.
-pub(crate) fn joins(unit: &Range<u64>, next: &Range<u64>) -> bool {
+pub(crate) fn joins(unit: &Range<u64>, next: &Range<u64>, gap: u64) -> bool {
     let end = unit.end.max(next.end);
     next.start >= unit.start
-        && next.start <= unit.end.saturating_add(MAX_GAP)
+        && next.start <= unit.end.saturating_add(gap)
         && end.saturating_sub(unit.start) <= MAX_UNIT
 }
 
 /// Splits pieces, in the order of their chunks, into requests.
 pub(crate) fn units<T>(
     pieces: Vec<T>,
+    gap: u64,
     stored: impl Fn(&T) -> &Range<u64>,
 ) -> Vec<(Range<u64>, Vec<T>)> {
     let mut units: Vec<(Range<u64>, Vec<T>)> = Vec::new();
@@ -169,7 +196,7 @@ pub(crate) fn units<T>(
         match units.last_mut() {
             // Bytes are dropped once used, so starts must not go back.
             Some((unit, members))
-                if joins(unit, &range)
+                if joins(unit, &range, gap)
                     && members
                         .last()
                         .is_some_and(|last| stored(last).start <= range.start) =>
@@ -198,7 +225,7 @@ mod tests {
                 at = start + len;
                 start..at
             }).collect();
-            let units = units(pieces.clone(), |range| range);
+            let units = units(pieces.clone(), MAX_GAP, |range| range);
             let flat: Vec<_> = units.iter().flat_map(|(_, members)| members.clone()).collect();
             prop_assert_eq!(&flat, &pieces);
             for (range, members) in &units {
@@ -209,15 +236,15 @@ mod tests {
             }
             // Greedy: two neighbours that could be one unit are one.
             for two in units.windows(2) {
-                prop_assert!(!joins(&two[0].0, &two[1].1[0]));
+                prop_assert!(!joins(&two[0].0, &two[1].1[0], MAX_GAP));
             }
         }
     }
 
     #[test]
     fn pieces_out_of_order_are_not_joined() {
-        assert!(!joins(&(100..200), &(50..60)));
-        assert!(joins(&(100..200), &(150..180)));
-        assert!(!joins(&(0..10), &(u64::MAX - 1..u64::MAX)));
+        assert!(!joins(&(100..200), &(50..60), MAX_GAP));
+        assert!(joins(&(100..200), &(150..180), MAX_GAP));
+        assert!(!joins(&(0..10), &(u64::MAX - 1..u64::MAX), MAX_GAP));
     }
 }
