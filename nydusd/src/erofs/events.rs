@@ -41,7 +41,7 @@ const FRONT_THREADS: usize = 2;
 /// Most threads that wait for the network at once.
 const MAX_FETCHERS: usize = 512;
 /// Processes that may die of an event before it is refused.
-const MAX_ATTEMPTS: u32 = 3;
+const MAX_ATTEMPTS: u32 = 100;
 /// Pause after an event could not be read, for want of descriptors for instance.
 const RECOVERY: Duration = Duration::from_millis(10);
 
