@@ -8,7 +8,9 @@
 mod cli;
 mod config;
 mod daemon;
+mod elf;
 mod errno;
+mod follow;
 mod fuse;
 mod limits;
 mod logging;

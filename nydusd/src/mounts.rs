@@ -18,11 +18,13 @@ use storage::backend::local::LocalBackend;
 use storage::backend::object::ObjectBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
-use storage::cache::CacheDir;
+use storage::budget::Budget;
+use storage::cache::{CacheDir, CacheError, Limits, Settings};
 use storage::oci::credentials::DockerConfig;
 use storage::oci::{Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
+use crate::follow;
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
 use crate::prefetch::{self, Wish};
@@ -43,8 +45,8 @@ pub(crate) struct Source {
     pub bootstrap: PathBuf,
     /// Where its blobs come from.
     pub backend: Arc<dyn Backend>,
-    /// Directory of the chunk cache.
-    pub cache_dir: PathBuf,
+    /// The chunk cache.
+    pub cache: config::Cache,
     /// What to fetch before it is read.
     pub prefetch: Wish,
     /// File for the list of files that are read.
@@ -63,7 +65,7 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
-            cache_dir: cache.to_owned(),
+            cache: config::Cache::in_dir(cache),
             prefetch: Wish::default(),
             record: None,
         })
@@ -75,7 +77,7 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: backend(&config.backend)?,
-            cache_dir: config.cache_dir.clone(),
+            cache: config.cache.clone(),
             prefetch: match &config.prefetch {
                 Some(prefetch) => Wish::configured(prefetch),
                 // Not enabled: not even what the image names.
@@ -193,6 +195,18 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
+fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
+    let settings = Settings {
+        limits: Limits {
+            max_bytes: cache.max_bytes,
+            min_free_percent: cache.min_free_percent,
+        },
+        memory: Budget::new(cache.memory),
+        ..Settings::default()
+    };
+    CacheDir::open_as(&cache.dir, settings)
+}
+
 /// Opens image and blobs.
 ///
 /// # Errors
@@ -201,8 +215,8 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
-    let cache = CacheDir::open(&source.cache_dir)
-        .with_context(|| format!("cache directory {}", source.cache_dir.display()))?;
+    let cache = open_cache(&source.cache)
+        .with_context(|| format!("cache directory {}", source.cache.dir.display()))?;
     let blobs = (0u32..)
         .zip(image.blobs())
         .map(|(index, info)| {
@@ -212,6 +226,7 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     explore(&image, &blobs);
+    follow::start(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,

@@ -76,8 +76,13 @@ metrics! {
     recheck_failures: Counter, "cache.recheck_failures", "chunks", "Cached chunks found bad after an unclean restart of the machine.";
     write_failures: Counter, "cache.write_failures", "chunks", "Chunks that could not be written to the cache.";
     unwritable: Gauge, "cache.unwritable", "blobs", "Open blobs whose cache files cannot be written at the moment.";
+    blobs_evicted: Counter, "cache.blobs_evicted", "blobs", "Cached blobs deleted to keep the cache within its limits.";
+    bytes_evicted: Counter, "cache.bytes_evicted", "bytes", "Disk space that they took.";
+    bytes_cached: Gauge, "cache.bytes", "bytes", "Disk space of the cache directory when it was last looked at.";
     verify_failures: Counter, "fill.verify_failures", "chunks", "Chunks that did not decode or did not match their digest.";
+    memory_wait_time: Counter, "fill.memory_wait_time", "nanoseconds", "Time that fetches waited for memory that others were using.";
     waits: Counter, "fill.waits", "waits", "Times a reader waited for a chunk that another one fetched.";
+    waits_for_processes: Counter, "fill.waits_for_processes", "waits", "Times chunks were left to another process that was fetching them.";
     wait_time: Counter, "fill.wait_time", "nanoseconds", "Time that readers spent in these waits.";
 }
 

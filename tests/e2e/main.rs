@@ -6,6 +6,7 @@
 //! - [`scene`]: what a test stands on: a directory, builds, mounts
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
+//! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`backends`], [`soak`]: blobs from real servers, good and bad ones
@@ -27,11 +28,13 @@ mod convert;
 mod create;
 mod fixtures;
 mod help;
+mod in_place;
 mod kernel;
 mod kernel_matrix;
 mod lifecycle;
 mod merge;
 mod prefetch;
+mod reuse;
 mod scene;
 mod soak;
 mod unpack;
