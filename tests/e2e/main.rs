@@ -9,6 +9,7 @@
 //! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
+//! - [`backends`], [`soak`]: blobs from real servers, good and bad ones
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
 //! - [`unpack`]: images as archives and as disks
@@ -19,6 +20,7 @@
     reason = "a test that cannot go on fails where it stands"
 )]
 
+mod backends;
 mod bad_build;
 mod bad_mount;
 mod bad_registry;
@@ -34,4 +36,5 @@ mod merge;
 mod prefetch;
 mod reuse;
 mod scene;
+mod soak;
 mod unpack;
