@@ -20,9 +20,11 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
 
-soak: install ## Run the long versions of randomised tests (as root)
+soak: install ## Run the long versions of randomised tests, as root; SEED=n repeats a run of readers
 	CACHE_CUTS=200 cargo test --locked --workspace --test crash
 	NYDUS_KILLS=1000 cargo test --locked --workspace --test e2e -- --nocapture --test-threads 1 kills
+	NYDUS_SOAK=10000 NYDUS_SOAK_SEED=$(or $(SEED),1) cargo test --locked --workspace --test e2e \
+	  readers_survive -- --nocapture
 
 bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh

@@ -64,8 +64,8 @@ impl Traits {
             ("owners", owners(self.owners), owners(other.owners)),
             (
                 "chunk size",
-                format!("{:#x}", self.chunk_size),
-                format!("{:#x}", other.chunk_size),
+                self.chunk_size.to_string(),
+                other.chunk_size.to_string(),
             ),
         ];
         pairs.into_iter().find(|(_, one, two)| one != two)

@@ -54,7 +54,7 @@ fn entry() -> impl Strategy<Value = Entry> {
         3 => (0..0o1000_u32).prop_map(|mode| Entry::Object(Object::Directory(mode))),
         4 => (0..0o1000_u32, content())
             .prop_map(|(mode, bytes)| Entry::Object(Object::File(mode, bytes))),
-        1 => "[a-c/]{1,9}".prop_map(|target| Entry::Object(Object::Symlink(target))),
+        1 => "[a-c](/[a-c]){0,3}".prop_map(|target| Entry::Object(Object::Symlink(target))),
         1 => Just(Entry::Link),
         2 => Just(Entry::Whiteout),
         1 => Just(Entry::Opaque),

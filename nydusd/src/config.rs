@@ -20,6 +20,10 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use storage::backend::http_proxy::HttpProxyConfig;
+use storage::backend::object::ObjectConfig;
+use storage::backend::registry::{ClientCertificate, Mirror, Scheme};
+
 use node::{Node, Table};
 use section::Section;
 use storage::cache::Limits;
@@ -86,8 +90,14 @@ impl Default for Cache {
 pub(crate) enum Backend {
     /// Files named by blob id, in the first of these directories that has them.
     LocalFs(Vec<PathBuf>),
+    /// One file, which is the only blob.
+    BlobFile(PathBuf),
     /// An OCI registry.
     Registry(Registry),
+    /// A plain HTTP server.
+    HttpProxy(HttpProxyConfig),
+    /// A bucket of an object store.
+    Object(ObjectConfig),
 }
 
 /// Settings of the registry back end.
@@ -105,6 +115,14 @@ pub(crate) struct Registry {
     pub skip_verify: bool,
     /// PEM files with further trusted authorities.
     pub ca_cert_files: Vec<PathBuf>,
+    /// What we show to a registry that wants to know who connects.
+    pub client_certificate: Option<ClientCertificate>,
+    /// Tried before the registry itself, in this order.
+    pub mirrors: Vec<Mirror>,
+    /// Replaces the host of redirects.
+    pub redirect_host: Option<String>,
+    /// Replaces the scheme of redirects.
+    pub redirect_scheme: Option<Scheme>,
     /// Limit for the silence between two pieces of an answer, if one was chosen.
     pub timeout: Option<Duration>,
     /// Limit for setting up a connection, if one was chosen.

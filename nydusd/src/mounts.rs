@@ -16,7 +16,10 @@ use anyhow::Context as _;
 use rafs::image::Image;
 use storage::BlobIndex;
 use storage::backend::Backend;
+use storage::backend::file::FileBackend;
+use storage::backend::http_proxy::HttpProxyBackend;
 use storage::backend::local::LocalBackend;
+use storage::backend::object::ObjectBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
 use storage::budget::Budget;
@@ -113,7 +116,10 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
 fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
     match config {
         config::Backend::LocalFs(dirs) => Ok(Arc::new(LocalBackend::new(dirs.clone()))),
+        config::Backend::BlobFile(file) => Ok(Arc::new(FileBackend::open(file)?)),
         config::Backend::Registry(registry) => self::registry(registry),
+        config::Backend::HttpProxy(server) => Ok(Arc::new(HttpProxyBackend::new(server.clone())?)),
+        config::Backend::Object(bucket) => Ok(Arc::new(ObjectBackend::new(bucket)?)),
     }
 }
 
@@ -138,6 +144,12 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
     settings.retry.retries = config.retry_limit.map_or(settings.retry.retries, u32::from);
     settings.ca_files.clone_from(&config.ca_cert_files);
     settings.skip_verify = config.skip_verify;
+    settings
+        .client_certificate
+        .clone_from(&config.client_certificate);
+    settings.mirrors.clone_from(&config.mirrors);
+    settings.redirect_host.clone_from(&config.redirect_host);
+    settings.redirect_scheme = config.redirect_scheme;
     start_registry(settings)
 }
 

@@ -8,6 +8,7 @@ mod bridge;
 pub mod file;
 pub mod http_proxy;
 pub mod local;
+pub mod object;
 pub mod registry;
 
 use std::fmt;

@@ -8,7 +8,7 @@
 //! Promises: opening needs no network; the chunk table is fetched on the first
 //! miss and kept in the cache; asking for resident data takes no lock, allocates
 //! nothing and costs an atomic load per chunk; every wait has a deadline. Sequential
-//! readers are kept ahead of by [`readahead`](crate::readahead).
+//! readers are kept ahead of by `readahead`.
 //!
 //! If the cache cannot be written, reads are answered from memory
 //! ([`Served::Memory`]), and [`Blob::cache_state`] says why.

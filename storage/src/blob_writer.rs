@@ -4,7 +4,7 @@
 //! stored. Small ones may be given as a sealed [`Batch`], or one by one to be batched
 //! here. [`BlobWriter::finish`] adds the sections that the variant has and says what
 //! a bootstrap must know. For a layer that is used in place
-//! ([`original`](crate::original)) the file has the tables only, and chunks are given
+//! ([`original`]) the file has the tables only, and chunks are given
 //! by their place in the layer.
 //!
 //! Promises: never seeks, so the output may be a pipe; the same chunks and options

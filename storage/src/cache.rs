@@ -1,7 +1,7 @@
 //! The cache directory and the files of one blob in it.
 //!
 //! Per blob there is a sparse file with the uncompressed address space, a
-//! [`ReadyMap`] that says which chunks of it are there, and a copy of the chunk
+//! `ReadyMap` that says which chunks of it are there, and a copy of the chunk
 //! table. Names and layout: `docs/format-blob.md`, "Cache directory".
 //!
 //! Promises: a chunk is marked ready only after its bytes are in the data file; a

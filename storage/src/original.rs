@@ -5,7 +5,7 @@
 //! ([`LayerReader::begin_chunk`]) before it reads the chunk's bytes, and asks where
 //! it is afterwards ([`LayerReader::end_chunk`]). In a gzip stream the answer is a
 //! seek context: a deflate block boundary with the 32 KiB of output before it (see
-//! [`gzip`]).
+//! `gzip`).
 //!
 //! Promises: the stream is read once, front to back, so it may be a pipe; memory
 //! does not grow with the stream, except for the contexts that the caller keeps;

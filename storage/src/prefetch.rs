@@ -5,7 +5,7 @@
 //! chunk that is not on its way yet fetches it himself, so he waits for one step at most.
 //!
 //! Promises: memory for the list alone; a step that fails is tried again after a pause
-//! and given up after [`ATTEMPTS`]; a paused or stopped prefetch ends its running steps
+//! and given up after `ATTEMPTS`; a paused or stopped prefetch ends its running steps
 //! and begins no other; a closed blob ends those of its steps that are left.
 
 use std::collections::VecDeque;

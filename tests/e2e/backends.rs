@@ -249,11 +249,8 @@ fn signed_links_to_a_second_host_end_and_are_renewed() {
     let asked = |port: u16, status: &str| {
         let (port, status) = (format!("{port} GET"), format!(" {status} "));
         let requests = nginx.requests();
-        let found = requests
-            .iter()
-            .filter(|line| line.starts_with(&port) && line.contains(&status))
-            .count();
-        found
+        let hit = |line: &&String| line.starts_with(&port) && line.contains(&status);
+        requests.iter().filter(hit).count()
     };
     assert_eq!(asked(front, "307"), 1, "{:?}", nginx.requests());
 

@@ -204,6 +204,8 @@ fn bad_layers_and_options_are_refused() {
     let checksum = wrong.len() - 8;
     wrong[checksum] ^= 1;
     fs::write(&changed, wrong).unwrap();
+    let trailing = scene.path("trailing.tar.gz");
+    fs::write(&trailing, [&bytes[..], b"not a gzip member"].concat()).unwrap();
     let zstd = scene.path("layer.tar.zst");
     fs::write(&zstd, [0x28, 0xb5, 0x2f, 0xfd, 0, 0]).unwrap();
     for (case, layer, words) in [
@@ -216,6 +218,11 @@ fn bad_layers_and_options_are_refused() {
             "changed",
             &changed,
             &["changed.tar.gz", "incorrect data check"],
+        ),
+        (
+            "trailing",
+            &trailing,
+            &["trailing.tar.gz", "other data follows the last gzip member"],
         ),
         ("zstd", &zstd, &["layer.tar.zst", "zstd"]),
     ] {

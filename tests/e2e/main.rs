@@ -10,6 +10,7 @@
 //! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
+//! - [`backends`], [`soak`]: blobs from real servers, good and bad ones
 //! - [`kills`]: any one process of a daemon can die at any moment
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
@@ -21,6 +22,7 @@
     reason = "a test that cannot go on fails where it stands"
 )]
 
+mod backends;
 mod bad_build;
 mod bad_mount;
 mod bad_registry;
@@ -38,4 +40,5 @@ mod merge;
 mod prefetch;
 mod reuse;
 mod scene;
+mod soak;
 mod unpack;

@@ -104,14 +104,21 @@ impl Soak {
         self.began[number].store(u64::MAX, Ordering::Relaxed);
     }
 
-    /// Ends the whole program if a reader hangs: a test that waits for it would not end.
     fn assert_nobody_hangs(&self, seed: u64) {
         for (number, began) in self.began.iter().enumerate() {
             let began = Duration::from_millis(began.load(Ordering::Relaxed));
-            let limit = began.saturating_add(LIMIT);
-            let stuck = limit < self.start.elapsed();
+            let stuck = began.saturating_add(LIMIT) < self.start.elapsed();
             assert!(!stuck, "seed {seed}: reader {number} is stuck");
         }
+    }
+}
+
+/// Ends the readers, also when the test fails.
+struct EndOf<'a>(&'a Soak);
+
+impl Drop for EndOf<'_> {
+    fn drop(&mut self) {
+        self.0.done.store(true, Ordering::Relaxed);
     }
 }
 
@@ -148,7 +155,7 @@ fn readers_survive_whatever_a_registry_does() {
     config.retry.max_delay = Duration::from_millis(200);
     let backend: Arc<dyn Backend> = Arc::new(RegistryBackend::new(config).unwrap());
     let cache = CacheDir::open(&scene.dir("first")).unwrap();
-    let soak = Soak {
+    let soak = Arc::new(Soak {
         blob: Mutex::new(open(&sample, &cache, &backend)),
         sample,
         backend,
@@ -159,55 +166,50 @@ fn readers_survive_whatever_a_registry_does() {
         done: AtomicBool::new(false),
         began: (0..READERS).map(|_| AtomicU64::new(0)).collect(),
         start: Instant::now(),
-    };
+    });
     proxy.run(Chaos::new(seed, PERCENT));
 
-    thread::scope(|scope| {
-        let readers: Vec<_> = (0..READERS)
-            .map(|number| {
-                scope.spawn({
-                    let soak = &soak;
-                    move || soak.reader(number, seed)
-                })
-            })
-            .collect();
-        while proxy.failed() < failures {
-            thread::sleep(Duration::from_millis(50));
-            soak.assert_nobody_hangs(seed);
-            if readers.iter().any(thread::ScopedJoinHandle::is_finished) {
-                break; // Its panic says why.
-            }
-        }
-        proxy.heal();
-        let healed = Instant::now();
-        // Readers go on; errors from now on count only after the time allowed.
-        while healed.elapsed() < HEALED {
-            thread::sleep(Duration::from_millis(50));
-            soak.assert_nobody_hangs(seed);
-        }
-        let errors = soak.errors.load(Ordering::Relaxed);
-        *soak.blob.lock().unwrap() = soak.cold();
-        thread::sleep(Duration::from_secs(1));
-        let late = soak.errors.load(Ordering::Relaxed) - errors;
-        soak.done.store(true, Ordering::Relaxed);
-        while soak
-            .began
-            .iter()
-            .any(|began| began.load(Ordering::Relaxed) != u64::MAX)
-        {
-            thread::sleep(Duration::from_millis(20));
-            soak.assert_nobody_hangs(seed);
-            if readers.iter().any(thread::ScopedJoinHandle::is_finished) {
-                break;
-            }
-        }
-        assert_eq!(late, 0, "seed {seed}: reads fail although all is well");
-    });
-    let (reads, errors) = (soak.reads.into_inner(), soak.errors.into_inner());
-    eprintln!(
-        "soak: seed {seed}, {} requests failed, {reads} reads, {errors} of them failed, {} caches, {:?}",
+    // Not scoped: a test that fails because one of them hangs must not wait for it.
+    let readers: Vec<_> = (0..READERS)
+        .map(|number| {
+            let soak = Arc::clone(&soak);
+            thread::spawn(move || soak.reader(number, seed))
+        })
+        .collect();
+    let end = EndOf(&soak);
+    let finished = || readers.iter().any(thread::JoinHandle::is_finished);
+    while proxy.failed() < failures && !finished() {
+        thread::sleep(Duration::from_millis(50));
+        soak.assert_nobody_hangs(seed);
+    }
+    proxy.heal();
+    let healed = Instant::now();
+    while healed.elapsed() < HEALED && !finished() {
+        thread::sleep(Duration::from_millis(50));
+        soak.assert_nobody_hangs(seed);
+    }
+    // Errors count only after the time allowed; what is read then is all cold.
+    let before = soak.errors.load(Ordering::Relaxed);
+    *soak.blob.lock().unwrap() = soak.cold();
+    thread::sleep(Duration::from_secs(1));
+    let late = soak.errors.load(Ordering::Relaxed) - before;
+    drop(end);
+    while !readers.iter().all(thread::JoinHandle::is_finished) {
+        thread::sleep(Duration::from_millis(20));
+        soak.assert_nobody_hangs(seed);
+    }
+    for reader in readers {
+        // Its panic says which bytes are wrong.
+        reader.join().unwrap();
+    }
+    assert_eq!(late, 0, "seed {seed}: reads fail although all is well");
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let (reads, errors) = (count(&soak.reads), count(&soak.errors));
+    println!(
+        "soak: seed {seed}, {} requests failed, {reads} reads, {errors} of them failed, \
+         {} caches, {:?}",
         proxy.failed(),
-        soak.caches.into_inner(),
+        count(&soak.caches),
         soak.start.elapsed(),
     );
     assert!(reads > errors);

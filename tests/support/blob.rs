@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use storage::blob::ChunkDigests;
+
 use storage::blob_writer::{BlobOptions, BlobWriter, ChunkData, PreparedChunk};
+use storage::digest::ChunkDigests;
 use storage::{BlobInfo, ChunkIndex, Digest, Digester};
 
 /// Size of its chunks, in bytes.

@@ -63,19 +63,12 @@ fn read_backend(section: &mut Section<'_>) -> Result<super::Backend, ConfigError
     let type_key = section.path_of("type");
     let kind = section.required_text("type")?;
     // Settings of back ends that are not chosen are nobody's business.
-    section.ignore(&[
-        "localfs",
-        "localdisk",
-        "oss",
-        "s3",
-        "registry",
-        "http-proxy",
-    ]);
-    let key = match kind {
-        "localfs" => "localfs",
-        "registry" => "registry",
-        other => return Err(backend::unsupported(other, &type_key)),
-    };
+    section.ignore(backend::KINDS);
+    section.ignore(&["localdisk"]);
+    let key = backend::KINDS
+        .iter()
+        .find(|known| **known == kind)
+        .ok_or_else(|| backend::unsupported(kind, &type_key))?;
     let mut settings = section.required_section(key)?;
     let backend = backend::read(kind, &type_key, &mut settings)?;
     section.close(settings);

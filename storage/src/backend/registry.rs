@@ -26,7 +26,7 @@ mod config;
 mod endpoint;
 mod health;
 mod open;
-mod redirects;
+pub(super) mod redirects;
 pub(super) mod retry;
 pub(super) mod tls;
 mod token;
@@ -151,7 +151,7 @@ impl Backend for RegistryBackend {
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
         let range = request.range.clone();
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            client.transfer(&blob, range, out).await;
+            transfer::transfer(&*client, &blob, range, out).await;
         })
         .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
     }

@@ -33,6 +33,8 @@ const MEMBER_INPUT: u64 = 64 << 10;
 /// Output between two candidates of one member. Keeps copying dictionaries cheap
 /// however short the blocks are.
 const CANDIDATE_DISTANCE: u64 = 16 << 10;
+/// First byte of every gzip member (RFC 1952).
+const MAGIC: u8 = 0x1f;
 /// Steps without any progress that are tolerated; a correct stream has none or two.
 const IDLE_STEPS: u32 = 64;
 
@@ -279,7 +281,7 @@ impl Gzip {
                     let count = available.len();
                     stored.consume(count);
                 }
-                Some(0) if !padding => break,
+                Some(0) if !padding && available[0] == MAGIC => break,
                 Some(_) => return Err(self.damaged("other data follows the last gzip member")),
             }
         }

@@ -148,7 +148,8 @@ fn use_cache(sample: &Sample, disk: &Path, user: &User, seed: u64) {
             2..6 => sync(&cache.map_path(&sample.info().id)),
             6 => sync(&cache.data_path(&sample.info().id)),
             7 => write_back_some(&cache, sample, &mut random),
-            8 => command("sync", &["-f"], &[disk]),
+            // Not by a command: its fork would hold files of the copies open.
+            8 => sync_all_of(disk),
             _ => {
                 let number = usize::try_from(random.below(CHUNKS.into())).unwrap();
                 let plain = sample.chunk(number).plain.clone();
@@ -157,6 +158,14 @@ fn use_cache(sample: &Sample, disk: &Path, user: &User, seed: u64) {
         }
         thread::sleep(Duration::from_micros(random.below(4000)));
     }
+}
+
+fn sync_all_of(disk: &Path) {
+    use std::os::fd::AsRawFd as _;
+    let dir = File::open(disk).unwrap();
+    // SAFETY: the descriptor is open; no memory is passed.
+    let result = unsafe { libc::syncfs(dir.as_raw_fd()) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 fn sync(path: &Path) {
@@ -190,10 +199,14 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let done = Command::new("umount").arg(&self.at).status();
-        if !done.is_ok_and(|status| status.success()) {
-            let _ = Command::new("umount").arg("-l").arg(&self.at).status();
+        for _ in 0..20 {
+            let done = Command::new("umount").arg("-q").arg(&self.at).status();
+            if done.is_ok_and(|status| status.success()) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(50));
         }
+        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
     }
 }
 

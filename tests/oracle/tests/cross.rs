@@ -12,7 +12,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use oracle::build::Built;
-use oracle::matrix::{self, Options, Source};
+use oracle::matrix::{self, Options};
 use oracle::sources::{self, Sources};
 use oracle::{build, compare, ours, program, read};
 

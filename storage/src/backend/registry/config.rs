@@ -62,7 +62,7 @@ pub struct ClientCertificate {
 }
 
 /// Another server with the same blobs, tried before the registry itself.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Mirror {
     /// `http://127.0.0.1:4001`, or with a path that goes before `/v2`.
     pub url: String,

@@ -22,7 +22,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 
 /// Redirects of one registry, by blob.
 #[derive(Default)]
-pub(super) struct Redirects(Mutex<HashMap<BlobId, Known>>);
+pub(in crate::backend) struct Redirects(Mutex<HashMap<BlobId, Known>>);
 
 #[derive(Clone)]
 struct Known {
@@ -32,7 +32,7 @@ struct Known {
 
 impl Redirects {
     /// Where the blob is, unless that has expired.
-    pub(super) fn get(&self, blob: &BlobId) -> Option<Url> {
+    pub(in crate::backend) fn get(&self, blob: &BlobId) -> Option<Url> {
         let mut urls = lock(&self.0);
         let known = urls.get(blob)?;
         if known.renew.is_some_and(|renew| renew <= SystemTime::now()) {
@@ -42,7 +42,7 @@ impl Redirects {
         Some(known.url.clone())
     }
 
-    pub(super) fn remember(&self, blob: &BlobId, url: &Url) {
+    pub(in crate::backend) fn remember(&self, blob: &BlobId, url: &Url) {
         let mut urls = lock(&self.0);
         if urls.len() >= MAX_REMEMBERED {
             urls.clear();
@@ -57,7 +57,7 @@ impl Redirects {
     }
 
     /// Forgets `url`, unless another request has found a new one meanwhile.
-    pub(super) fn forget(&self, blob: &BlobId, url: &Url) {
+    pub(in crate::backend) fn forget(&self, blob: &BlobId, url: &Url) {
         let mut urls = lock(&self.0);
         if urls.get(blob).is_some_and(|known| known.url == *url) {
             urls.remove(blob);

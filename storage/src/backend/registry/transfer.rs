@@ -1,5 +1,6 @@
 //! Delivers every byte of a range, in as many attempts as it takes.
 
+use std::future::Future;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -9,68 +10,80 @@ use url::Url;
 
 use super::Client;
 use super::answer::{self, Body, chain, public_name, timed_out, transport};
+use super::config::Timeouts;
 use super::endpoint::Endpoint;
-use super::retry::{Attempts, Failure};
+use super::retry::{Attempts, Failure, RetryLimits};
 use crate::backend::BackendError;
 use crate::backend::bridge::Output;
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
-use crate::metrics::add;
+use crate::metrics::{Metrics, add};
 use crate::sync::Ordering;
 
 /// Bytes per second that even a slow link carries: for each, large fetches get a
 /// second more.
-pub(in crate::backend) const SLOW_LINK: u64 = 256 << 10;
+const SLOW_LINK: u64 = 256 << 10;
 
 /// Bytes that an attempt must have brought to count as progress. Less would let a
 /// broken server keep us busy for long.
-pub(in crate::backend) const PROGRESS: u64 = 4096;
+const PROGRESS: u64 = 4096;
 
-impl Client {
-    /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
-    pub(super) async fn transfer(&self, blob: &BlobId, range: Range<u64>, out: Output) {
-        let len = range.end.saturating_sub(range.start);
-        let total = self.timeouts.total + Duration::from_secs(len / SLOW_LINK);
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, total);
-        let deadline = attempts.deadline;
-        let mut at = range.start;
-        let work = self.deliver(blob, &mut at, range.end, &out, &mut attempts);
-        let result = match tokio::time::timeout_at(deadline, work).await {
-            Ok(result) => result,
-            Err(_elapsed) => {
-                let error = BackendError::Transport {
-                    url: format!("{}sha256:{blob}", self.origin.base),
-                    action: "transferring a range",
-                    source: format!("{} of {len} bytes came in {total:?}", at - range.start).into(),
-                };
-                Err(attempts.gave_up(error))
-            }
-        };
-        if let Err(error) = result {
-            // Nobody there: then nobody cares about the error either.
-            let _ = out.send(Err(error)).await;
-        }
-    }
-
-    async fn deliver(
+/// Something that delivers bytes of blobs in several attempts.
+pub(in crate::backend) trait Source: Sync {
+    /// One attempt. `at` moves past what was delivered, also on error.
+    fn attempt(
         &self,
         blob: &BlobId,
         at: &mut u64,
         end: u64,
         out: &Output,
-        attempts: &mut Attempts<'_>,
-    ) -> Result<(), BackendError> {
-        while *at < end {
-            let before = *at;
-            if let Err(failure) = self.attempt(blob, at, end, out).await {
-                attempts.after(failure, *at - before >= PROGRESS).await?;
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// The blob's URL as it may be shown.
+    fn name(&self, blob: &BlobId) -> String;
+
+    /// What bounds the attempts of one fetch.
+    fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics);
+}
+
+/// Sends the bytes of `range` to `out`, in order and each once, then closes it.
+pub(in crate::backend) async fn transfer(
+    source: &impl Source,
+    blob: &BlobId,
+    range: Range<u64>,
+    out: Output,
+) {
+    let len = range.end.saturating_sub(range.start);
+    let (retry, timeouts, metrics) = source.limits();
+    let total = timeouts.total + Duration::from_secs(len / SLOW_LINK);
+    let mut attempts = Attempts::new(retry, metrics, total);
+    let deadline = attempts.deadline;
+    let mut at = range.start;
+    let work = async {
+        while at < range.end {
+            let before = at;
+            if let Err(failure) = source.attempt(blob, &mut at, range.end, &out).await {
+                attempts.after(failure, at - before >= PROGRESS).await?;
             }
         }
         Ok(())
+    };
+    let result = match tokio::time::timeout_at(deadline, work).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(attempts.gave_up(BackendError::Transport {
+            url: source.name(blob),
+            action: "transferring a range",
+            source: format!("{} of {len} bytes came in {total:?}", at - range.start).into(),
+        })),
+    };
+    if let Err(error) = result {
+        // Nobody there: then nobody cares about the error either.
+        let _ = out.send(Err(error)).await;
     }
+}
 
-    /// One attempt: the mirrors that are well, in their order, then the registry.
-    /// `at` moves past what was delivered, also on error.
+impl Source for Client {
+    /// Asks the mirrors that are well, in their order, then the registry.
     async fn attempt(
         &self,
         blob: &BlobId,
@@ -93,6 +106,16 @@ impl Client {
         self.attempt_at(&self.origin, blob, at, end, out).await
     }
 
+    fn name(&self, blob: &BlobId) -> String {
+        format!("{}sha256:{blob}", self.origin.base)
+    }
+
+    fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
+        (&self.retry, &self.timeouts, &self.metrics)
+    }
+}
+
+impl Client {
     /// Notes what went wrong; an error if there is no point in going on.
     fn mirror_failed(&self, mirror: &Endpoint, failure: Failure) -> Result<(), Failure> {
         if matches!(failure.error, BackendError::Stopped) {
