@@ -15,9 +15,11 @@ use anyhow::Context as _;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::fuse::RafsFs;
+use crate::api::Server;
 use crate::fuse::session::Session;
 use crate::fuse::workers::Workers;
+use crate::manager::Manager;
+use crate::vfs::Vfs;
 
 /// How long the threads get to notice that the mount is gone.
 const WIND_DOWN: Duration = Duration::from_secs(2);
@@ -88,27 +90,35 @@ fn name(signal: i32) -> &'static str {
     signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
 }
 
-/// Mounts `files` on `mountpoint` and serves until the end; blocks.
+/// Mounts the images of `manager` on `mountpoint` and serves until the end; blocks.
 ///
 /// * `what`: the image, for the log.
+/// * `control`: starts the control API; called when the mount is served.
 /// * `started`: when the work for this mount began, for the log.
 ///
 /// # Errors
 /// When it cannot be mounted or unmounted. Ending by signal or unmount is no error.
 pub(crate) fn serve(
-    files: RafsFs,
+    manager: &Manager,
     what: &str,
     mountpoint: &Path,
     threads: u16,
+    control: impl FnOnce() -> anyhow::Result<Option<Server>>,
     stop: Stop,
     started: Instant,
 ) -> anyhow::Result<()> {
     let session = Arc::new(Session::mount(mountpoint)?);
-    if let Err(err) = start(&session, files, threads, stop.sender) {
-        // Half a mount helps nobody; the first error is the one to report.
-        let _ = session.unmount();
-        return Err(err);
-    }
+    manager.attach(&session);
+    let begun = start(&session, Arc::clone(manager.vfs()), threads, stop.sender);
+    // Clients take the socket as the sign that all is ready.
+    let server = match begun.and_then(|()| control()) {
+        Ok(server) => server,
+        Err(err) => {
+            // Half a mount helps nobody; the first error is the one to report.
+            let _ = session.unmount();
+            return Err(err);
+        }
+    };
     let place = session.mountpoint().display();
     tracing::info!(
         "ready: {what} mounted on {place} in {} ms",
@@ -123,6 +133,7 @@ pub(crate) fn serve(
         }
         Ok(Event::Ended) | Err(_) => tracing::info!("{place} was unmounted"),
     }
+    drop(server);
     tracing::info!("stopped");
     Ok(())
 }
@@ -130,11 +141,11 @@ pub(crate) fn serve(
 /// Starts the threads and waits until they have answered the first request.
 fn start(
     session: &Arc<Session>,
-    files: RafsFs,
+    files: Arc<Vfs>,
     threads: u16,
     ended: Sender<Event>,
 ) -> anyhow::Result<()> {
-    let workers = Workers::start(session, &Arc::new(files), threads)?;
+    let workers = Workers::start(session, &files, threads)?;
     std::thread::Builder::new()
         .name("watch".to_owned())
         .spawn(move || {

@@ -5,25 +5,33 @@
 //! of a read starts in [`fuse`]. Only this file ends the process: 0 done,
 //! 1 failed, 2 wrong usage.
 
+mod api;
 mod cli;
 mod config;
+mod ctl;
 mod daemon;
 mod errno;
 mod fuse;
 mod limits;
 mod logging;
+mod manager;
+mod metered;
 mod mounts;
 mod prefetch;
 mod pull;
 mod record;
+mod vfs;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::Parser as _;
 
+use api::{Api, Server};
 use cli::{Cli, FuseOptions, Global, Task};
+use manager::Manager;
 use mounts::Source;
 
 fn main() -> ExitCode {
@@ -57,7 +65,11 @@ fn report(err: &anyhow::Error) -> ExitCode {
 
 fn run(global: &Global, task: Task) -> anyhow::Result<()> {
     let started = Instant::now();
-    logging::start(global.log_level, global.log_file.as_deref())?;
+    let task = match task {
+        Task::Control(control) => return ctl::run(global.apisock.as_deref(), &control),
+        task => task,
+    };
+    let logs = logging::start(global.log_level, global.log_file.as_deref())?;
     global.check()?;
     for option in global.without_effect() {
         tracing::warn!("{option} has no effect yet");
@@ -74,26 +86,55 @@ fn run(global: &Global, task: Task) -> anyhow::Result<()> {
         Task::Mount(options) => {
             let source = pull::source(&options, &stop)
                 .with_context(|| format!("cannot mount {}", options.image))?;
-            (source, options.mountpoint, options.fuse_threads)
+            (Some(source), options.mountpoint, options.fuse_threads)
         }
+        Task::Control(_) => return Ok(()),
     };
-    let what = source.name.clone();
-    let files = mounts::open(source)?;
-    daemon::serve(files, &what, &mountpoint, threads, stop, started)
+    let manager = Arc::new(Manager::default());
+    let what = match source {
+        Some(source) => {
+            let what = source.name.clone();
+            manager.mount("/", source)?;
+            what
+        }
+        None => "no image yet".to_owned(),
+    };
+    let api = Api {
+        manager: Arc::clone(&manager),
+        logs,
+        id: global.id.clone(),
+        supervisor: global.supervisor.clone(),
+    };
+    let apisock = global.apisock.as_deref();
+    let control = || apisock.map(|path| Server::start(path, api)).transpose();
+    daemon::serve(
+        &manager,
+        &what,
+        &mountpoint,
+        threads,
+        control,
+        stop,
+        started,
+    )
 }
 
-/// The image that bootstrap and configuration describe.
-fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Source> {
+/// The image that bootstrap and configuration describe; `None` if images are to be
+/// mounted through the control API.
+fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Option<Source>> {
     options.check()?;
-    let bootstrap = options.bootstrap.clone().context(
-        "--bootstrap is missing; mounting later through the control API is not supported yet",
-    )?;
+    let bootstrap = match (&options.bootstrap, &global.apisock) {
+        (Some(bootstrap), _) => bootstrap.clone(),
+        (None, Some(_)) => return Ok(None),
+        (None, None) => bail!(
+            "--bootstrap is missing; to mount images later, give a control socket with --apisock"
+        ),
+    };
     let files = options.prefetch_files.as_deref();
     let files = files.map(prefetch::read_list).transpose()?;
     if let Some(dir) = &options.localfs_dir {
         let mut source = Source::local(bootstrap, dir, dir)?;
         source.prefetch.files = files;
-        return Ok(source);
+        return Ok(Some(source));
     }
     let path = global
         .config
@@ -103,5 +144,5 @@ fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Source> {
     let mut source = Source::configured(bootstrap, &config)?;
     // A list on the command line is a wish of its own, whatever the configuration says.
     source.prefetch.files = files.or(source.prefetch.files);
-    Ok(source)
+    Ok(Some(source))
 }

@@ -21,6 +21,8 @@ use storage::oci::{self, Access, RegistryRef};
 use crate::config::{self, Config, Login};
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
+use crate::manager::About;
+use crate::metered::Metered;
 use crate::prefetch::{self, Wish};
 use crate::record::Recorder;
 
@@ -45,6 +47,8 @@ pub(crate) struct Source {
     pub prefetch: Wish,
     /// File for the list of files that are read.
     pub record: Option<PathBuf>,
+    /// What is known about it; the rest is filled in by [`open`].
+    pub about: About,
 }
 
 impl Source {
@@ -62,6 +66,10 @@ impl Source {
             cache_dir: cache.to_owned(),
             prefetch: Wish::default(),
             record: None,
+            about: About {
+                backend_kind: "localfs".to_owned(),
+                ..About::default()
+            },
         })
     }
 
@@ -81,6 +89,12 @@ impl Source {
                 },
             },
             record: None,
+            about: About {
+                id: config.id.clone(),
+                backend_kind: config.backend.kind().to_owned(),
+                config: config.shown(),
+                ..About::default()
+            },
         })
     }
 }
@@ -189,7 +203,9 @@ fn extra_headers() -> Vec<(String, String)> {
 ///
 /// # Errors
 /// When the bootstrap is unusable, or the cache directory is not writable.
-pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
+pub(crate) fn open(source: Source, slot: Slot) -> anyhow::Result<(RafsFs, About)> {
+    let metered = Arc::new(Metered::new(source.backend));
+    let backend: Arc<dyn Backend> = Arc::<Metered>::clone(&metered);
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
@@ -199,7 +215,7 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         .zip(image.blobs())
         .map(|(index, info)| {
             let digests = Arc::new(image.digests(BlobIndex::new(index)));
-            Blob::open(&cache, info.clone(), Arc::clone(&source.backend), digests)
+            Blob::open(&cache, info.clone(), Arc::clone(&backend), digests)
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -217,7 +233,15 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
             .map(|path| Recorder::new(&image, path))
             .transpose()?,
     };
-    Ok(RafsFs::new(Slot::FIRST, image, blobs, background))
+    let about = About {
+        image: source.name,
+        backend: Some(metered),
+        cache: Arc::clone(cache.metrics()),
+        cache_dir: cache.path().to_owned(),
+        mounted: Some(std::time::SystemTime::now()),
+        ..source.about
+    };
+    Ok((RafsFs::new(slot, image, blobs, background), about))
 }
 
 /// Finds out in the background which chunks belong together.

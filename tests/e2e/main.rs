@@ -8,6 +8,7 @@
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
+//! - [`api`]: the control socket: many images, numbers, commands
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
 //! - [`unpack`]: images as archives and as disks
@@ -18,6 +19,7 @@
     reason = "a test that cannot go on fails where it stands"
 )]
 
+mod api;
 mod bad_build;
 mod bad_mount;
 mod bad_registry;

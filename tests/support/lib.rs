@@ -4,6 +4,7 @@
 //! - [`binaries`]: the programs under test, built when they are stale
 //! - [`command`], [`process`]: run a program to its end, or keep one running
 //! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
+//! - [`api`]: a client of the control socket
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
 //! - [`proxy`]: an HTTP proxy that misbehaves as told
 //! - [`relay`]: a slower, longer link in front of a server
@@ -16,6 +17,7 @@
 //! dropped, by process id; every wait has a deadline; a missing tool is an error
 //! that says what to install.
 
+pub mod api;
 pub mod binaries;
 pub mod command;
 pub mod expand;
