@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # The Rust installer puts cargo here; a shell that was open before does not know it yet.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: help install build demo test bench docs clean
+.PHONY: help install build demo test soak bench docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
+
+soak: install ## Run the long versions of randomised tests (as root)
+	CACHE_CUTS=200 cargo test --locked --workspace --test crash
 
 bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh

@@ -23,9 +23,13 @@ use std::time::Duration;
 
 use node::{Node, Table};
 use section::Section;
+use storage::cache::Limits;
 
 /// Larger files are refused before they are parsed, in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
+
+/// Least memory for fetches that may be configured, in bytes: the largest chunk.
+const MIN_MEMORY: u64 = 16 << 20;
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,12 +38,44 @@ pub(crate) struct Config {
     pub id: String,
     /// Where blobs come from.
     pub backend: Backend,
-    /// Directory of the chunk cache.
-    pub cache_dir: PathBuf,
+    /// The chunk cache.
+    pub cache: Cache,
     /// Background fetching, if wanted.
     pub prefetch: Option<Prefetch>,
     /// What the user should hear about: unknown keys, settings without effect.
     pub warnings: Vec<String>,
+}
+
+/// The chunk cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cache {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Most disk space it takes, in bytes; `None` for no limit.
+    pub max_bytes: Option<u64>,
+    /// Part of the file system that it leaves free, in percent.
+    pub min_free_percent: u8,
+    /// Memory for fetches in progress, in bytes.
+    pub memory: u64,
+}
+
+impl Cache {
+    /// A cache in `dir` with the usual limits.
+    pub(crate) fn in_dir(dir: &Path) -> Self {
+        let limits = Limits::default();
+        Self {
+            dir: dir.to_owned(),
+            max_bytes: limits.max_bytes,
+            min_free_percent: limits.min_free_percent,
+            memory: storage::budget::DEFAULT,
+        }
+    }
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self::in_dir(Path::new("."))
+    }
 }
 
 /// Where blobs come from.
@@ -256,7 +292,7 @@ fn cache_type(section: &mut Section<'_>) -> Result<(), ConfigError> {
 }
 
 /// Keys of a file cache that are the same in both versions.
-fn file_cache(section: &mut Section<'_>) -> Result<PathBuf, ConfigError> {
+fn file_cache(section: &mut Section<'_>) -> Result<Cache, ConfigError> {
     let dir = section
         .text("work_dir")?
         .filter(|dir| !dir.is_empty())
@@ -275,7 +311,17 @@ fn file_cache(section: &mut Section<'_>) -> Result<PathBuf, ConfigError> {
         });
     }
     section.ignore(&["enable_convergent_encryption", "encryption_key"]);
-    Ok(PathBuf::from(dir))
+    let usual = Cache::default();
+    let max_bytes = section.number("max_bytes", 0, 0..=u64::MAX)?;
+    let min_free = u64::from(usual.min_free_percent);
+    let min_free = section.number("min_free_percent", min_free, 0..=99)?;
+    Ok(Cache {
+        dir: PathBuf::from(dir),
+        max_bytes: (max_bytes > 0).then_some(max_bytes),
+        // Never fails: it is less than 100.
+        min_free_percent: u8::try_from(min_free).unwrap_or(usual.min_free_percent),
+        memory: section.number("memory_bytes", usual.memory, MIN_MEMORY..=u64::MAX)?,
+    })
 }
 
 #[cfg(test)]

@@ -234,7 +234,10 @@ impl RafsFs {
         ) {
             (Ok(()), Some(file)) => {
                 for run in joined(&part.spans) {
-                    done += copy_file(file, &run, out).map_err(FsError::Reply)?;
+                    done += copy_file(file, &run, out).map_err(|error| {
+                        blob.check_length();
+                        FsError::Reply(error)
+                    })?;
                 }
             }
             // The cache cannot be written: the bytes come by way of memory.

@@ -15,10 +15,13 @@ use storage::backend::Backend;
 use storage::backend::local::LocalBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
-use storage::cache::CacheDir;
-use storage::oci::{self, Access, RegistryRef};
+use storage::budget::Budget;
+use storage::cache::{CacheDir, CacheError, Limits, Settings};
+use storage::oci::credentials::DockerConfig;
+use storage::oci::{Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
+use crate::follow;
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
 use crate::manager::About;
@@ -41,8 +44,8 @@ pub(crate) struct Source {
     pub bootstrap: PathBuf,
     /// Where its blobs come from.
     pub backend: Arc<dyn Backend>,
-    /// Directory of the chunk cache.
-    pub cache_dir: PathBuf,
+    /// The chunk cache.
+    pub cache: config::Cache,
     /// What to fetch before it is read.
     pub prefetch: Wish,
     /// File for the list of files that are read.
@@ -63,7 +66,7 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
-            cache_dir: cache.to_owned(),
+            cache: config::Cache::in_dir(cache),
             prefetch: Wish::default(),
             record: None,
             about: About {
@@ -79,7 +82,7 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: backend(&config.backend)?,
-            cache_dir: config.cache_dir.clone(),
+            cache: config.cache.clone(),
             prefetch: match &config.prefetch {
                 Some(prefetch) => Wish::configured(prefetch),
                 // Not enabled: not even what the image names.
@@ -150,7 +153,7 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
 /// The repository of an image reference as back end.
 ///
 /// # Errors
-/// When the credentials are of a kind that only works for whole images.
+/// When the reference or the credentials cannot be used.
 pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
     let host = if name.host == "docker.io" {
@@ -161,16 +164,11 @@ pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result
     let mut settings = RegistryConfig::new(host, &name.repository);
     let plain = access.plain_http || name.is_loopback();
     settings.scheme = if plain { Scheme::Http } else { Scheme::Https };
-    settings.auth = match access.credentials.clone().unwrap_or_default() {
-        oci::Credentials::Anonymous => Credentials::Anonymous,
-        oci::Credentials::Basic { username, password } => Credentials::Basic { username, password },
-        oci::Credentials::Bearer(token) => Credentials::Bearer(token),
-        oci::Credentials::Identity(_) => anyhow::bail!(
-            "credentials for {}: identity tokens are not supported yet for reading on demand; \
-             set {AUTH_VARIABLE} to the base64 form of `user:password`",
-            name.host
-        ),
-    };
+    settings.auth = access.credentials.clone().unwrap_or_default();
+    if login_from_environment()?.is_none() {
+        // Helpers hand out credentials that end while an image is mounted.
+        settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));
+    }
     start_registry(settings)
 }
 
@@ -199,6 +197,18 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
+fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
+    let settings = Settings {
+        limits: Limits {
+            max_bytes: cache.max_bytes,
+            min_free_percent: cache.min_free_percent,
+        },
+        memory: Budget::new(cache.memory),
+        ..Settings::default()
+    };
+    CacheDir::open_as(&cache.dir, settings)
+}
+
 /// Opens image and blobs.
 ///
 /// # Errors
@@ -209,8 +219,8 @@ pub(crate) fn open(source: Source, slot: Slot) -> anyhow::Result<(RafsFs, About)
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
-    let cache = CacheDir::open(&source.cache_dir)
-        .with_context(|| format!("cache directory {}", source.cache_dir.display()))?;
+    let cache = open_cache(&source.cache)
+        .with_context(|| format!("cache directory {}", source.cache.dir.display()))?;
     let blobs = (0u32..)
         .zip(image.blobs())
         .map(|(index, info)| {
@@ -220,6 +230,7 @@ pub(crate) fn open(source: Source, slot: Slot) -> anyhow::Result<(RafsFs, About)
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     explore(&image, &blobs);
+    follow::start(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,

@@ -71,7 +71,7 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         name: options.image.clone(),
         bootstrap,
         backend: backend(&reference, &access)?,
-        cache_dir: options.cache_dir.clone(),
+        cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
         record: options.record_files.clone(),
         about: About {

@@ -106,6 +106,12 @@ impl Neighbourhoods {
     }
 }
 
+/// Hears of misses, to guess better than the numbers of chunks allow.
+pub trait Observer: Send + Sync + std::fmt::Debug {
+    /// A reader is about to fetch `chunk`. Must not block.
+    fn missed(&self, chunk: ChunkIndex);
+}
+
 /// The latest misses of one blob.
 #[derive(Debug, Default)]
 pub(crate) struct Misses(Mutex<VecDeque<ChunkIndex>>);

@@ -6,6 +6,7 @@
 //! - [`scene`]: what a test stands on: a directory, builds, mounts
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
+//! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`api`]: the control socket: many images, numbers, commands
@@ -27,10 +28,12 @@ mod convert;
 mod create;
 mod fixtures;
 mod help;
+mod in_place;
 mod kernel;
 mod kernel_matrix;
 mod lifecycle;
 mod merge;
 mod prefetch;
+mod reuse;
 mod scene;
 mod unpack;

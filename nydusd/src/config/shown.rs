@@ -41,7 +41,7 @@ impl Config {
             "backend": { "type": kind, kind: self.backend.shown() },
             "cache": {
                 "type": "filecache",
-                "filecache": { "work_dir": self.cache_dir.display().to_string() },
+                "filecache": { "work_dir": self.cache.dir.display().to_string() },
                 "prefetch": self.prefetch.map(|prefetch| json!({
                     "enable": true,
                     "threads": prefetch.threads,

@@ -51,7 +51,7 @@ const LOCAL: &str = r#"{"version":2,
 fn version_2_toml() {
     let config = Config::parse(V2).unwrap();
     assert_eq!(config.id, "one");
-    assert_eq!(config.cache_dir, Path::new("/cache"));
+    assert_eq!(config.cache.dir, Path::new("/cache"));
     assert_eq!(config.warnings, Vec::<String>::new());
     let Backend::Registry(registry) = config.backend else {
         panic!("not a registry")
@@ -73,7 +73,7 @@ fn version_2_toml() {
 fn version_1_with_stray_keys() {
     let config = Config::parse(V1).unwrap();
     assert_eq!(config.id, "/12");
-    assert_eq!(config.cache_dir, Path::new("/c"));
+    assert_eq!(config.cache.dir, Path::new("/c"));
     let prefetch = Prefetch {
         threads: 4,
         batch_size: 524_288,
@@ -339,5 +339,32 @@ proptest::proptest! {
             proptest::prop_assert!(message.contains("configuration"), "{}", message);
             proptest::prop_assert!(!message.contains("dXNlcjpwYXNz"), "{}", message);
         }
+    }
+}
+
+#[test]
+fn limits_of_the_cache() {
+    let usual = Config::parse(LOCAL).unwrap().cache;
+    assert_eq!(usual, Cache::in_dir(Path::new("/c")));
+    assert_eq!((usual.max_bytes, usual.min_free_percent), (None, 5));
+    let with = |keys: &str| LOCAL.replace(r#""work_dir":"/c""#, keys);
+    let keys =
+        r#""work_dir":"/c","max_bytes":5000000000,"min_free_percent":0,"memory_bytes":33554432"#;
+    let set = Config::parse(&with(keys)).unwrap();
+    assert_eq!(set.warnings, Vec::<String>::new());
+    let expected = Cache {
+        dir: "/c".into(),
+        max_bytes: Some(5_000_000_000),
+        min_free_percent: 0,
+        memory: 32 << 20,
+    };
+    assert_eq!(set.cache, expected);
+    for wrong in [
+        r#""min_free_percent":100"#,
+        r#""memory_bytes":4096"#,
+        r#""max_bytes":-1"#,
+    ] {
+        let error = Config::parse(&with(wrong)).unwrap_err().to_string();
+        assert!(error.contains("cache.filecache."), "{error}");
     }
 }

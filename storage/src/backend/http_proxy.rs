@@ -29,6 +29,9 @@ use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
 
+/// Most bytes that are read and thrown away from a server that ignores ranges.
+const MAX_SKIP: u64 = 512 << 20;
+
 /// Where the server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
@@ -268,11 +271,11 @@ impl Client {
 /// the range: whoever reads chunks verifies them.
 fn wanted(url: &Url, answer: &Response, asked: &Range<u64>) -> Result<Body, Failure> {
     if answer.status() == StatusCode::PARTIAL_CONTENT {
-        return answer::body(url, answer, asked);
+        return answer::body(url, answer, asked, MAX_SKIP);
     }
     let len = asked.end - asked.start;
     match header(answer, CONTENT_LENGTH.as_str()) {
-        Some(got) if got != len => answer::body(url, answer, asked),
+        Some(got) if got != len => answer::body(url, answer, asked, MAX_SKIP),
         _ => Ok(Body { skip: 0, len }),
     }
 }

@@ -9,6 +9,7 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use libfuzzer_sys as _;
 use nydus_image::build::{BuildOptions, build_layer};
 use nydus_image::pipeline::Engine;
 use nydus_image::source::Source;
@@ -20,6 +21,12 @@ use tar::{Builder, EntryType, Header};
 
 /// Larger inputs slow a fuzzer down more than they teach it.
 const LARGEST: usize = 256 << 10;
+
+/// Instrumented crates call libFuzzer's runtime, which wants a target to exist.
+#[unsafe(no_mangle)]
+extern "C" fn rust_fuzzer_test_input(_: *const u8, _: usize) -> i32 {
+    0
+}
 
 fn main() -> Result<()> {
     let mut args = std::env::args_os().skip(1).map(PathBuf::from);

@@ -13,7 +13,14 @@ use nydus_image::pipeline::Engine;
 use nydus_image::source::Source;
 use rafs::{Image, writer};
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(|data: &[u8]| fuzz::memory::bounded(data.len(), BASE, FACTOR, || check(data)));
+
+/// Memory that an input may take: the engine's buffers, and so many times its
+/// length. A tar header of 512 bytes becomes an inode of the tree.
+const BASE: usize = 80 << 20;
+const FACTOR: usize = 64;
+
+fn check(data: &[u8]) {
     let Some((&selector, tar)) = data.split_first() else {
         return;
     };
@@ -34,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
             "a second build differs"
         );
     }
-});
+}
 
 fn build(tar: &[u8], options: &BuildOptions) -> Option<Vec<u8>> {
     static ENGINE: OnceLock<Engine> = OnceLock::new();

@@ -8,12 +8,15 @@ use reqwest::{Method, Response};
 use url::Url;
 
 use super::Client;
-use super::answer::{self, Body, public_name, timed_out, transport};
+use super::answer::{self, Body, chain, public_name, timed_out, transport};
+use super::endpoint::Endpoint;
 use super::retry::{Attempts, Failure};
 use crate::backend::BackendError;
 use crate::backend::bridge::Output;
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
+use crate::metrics::add;
+use crate::sync::Ordering;
 
 /// Bytes per second that even a slow link carries: for each, large fetches get a
 /// second more.
@@ -36,7 +39,7 @@ impl Client {
             Ok(result) => result,
             Err(_elapsed) => {
                 let error = BackendError::Transport {
-                    url: format!("{}sha256:{blob}", self.base),
+                    url: format!("{}sha256:{blob}", self.origin.base),
                     action: "transferring a range",
                     source: format!("{} of {len} bytes came in {total:?}", at - range.start).into(),
                 };
@@ -66,7 +69,8 @@ impl Client {
         Ok(())
     }
 
-    /// One request. `at` moves past what was delivered, also on error.
+    /// One attempt: the mirrors that are well, in their order, then the registry.
+    /// `at` moves past what was delivered, also on error.
     async fn attempt(
         &self,
         blob: &BlobId,
@@ -74,30 +78,122 @@ impl Client {
         end: u64,
         out: &Output,
     ) -> Result<(), Failure> {
-        let (url, answer) = self.open(&Method::GET, blob, *at..end).await?;
-        let body = answer::body(&url, &answer, &(*at..end))?;
+        for mirror in &self.mirrors {
+            let Some(health) = mirror.health.as_ref().filter(|health| health.usable()) else {
+                continue;
+            };
+            match self.attempt_at(mirror, blob, at, end, out).await {
+                Ok(()) => {
+                    health.succeeded();
+                    return Ok(());
+                }
+                Err(failure) => self.mirror_failed(mirror, failure)?,
+            }
+        }
+        self.attempt_at(&self.origin, blob, at, end, out).await
+    }
+
+    /// Notes what went wrong; an error if there is no point in going on.
+    fn mirror_failed(&self, mirror: &Endpoint, failure: Failure) -> Result<(), Failure> {
+        if matches!(failure.error, BackendError::Stopped) {
+            return Err(failure);
+        }
+        add(&self.metrics.mirror_failures, 1);
+        let text = chain(&failure.error);
+        tracing::debug!("mirror: {text}; trying the next source");
+        // That it has not got the blob, or must not give it, is no sign of illness.
+        let well = matches!(
+            failure.error,
+            BackendError::Status {
+                status: 400..=428,
+                ..
+            } | BackendError::Auth { .. }
+        );
+        if let Some(health) = &mirror.health
+            && !well
+        {
+            let dead = matches!(failure.error, BackendError::Transport { .. });
+            health.failed(dead, &mirror.http, &text);
+        }
+        Ok(())
+    }
+
+    async fn attempt_at(
+        &self,
+        endpoint: &Endpoint,
+        blob: &BlobId,
+        at: &mut u64,
+        end: u64,
+        out: &Output,
+    ) -> Result<(), Failure> {
+        let asked = *at..end;
+        let (url, answer) = self
+            .open(endpoint, &Method::GET, blob, asked.clone())
+            .await?;
+        let body = answer::body(&url, &answer, &asked, endpoint.max_skip)?;
+        if body.skip > 0 && !endpoint.ignores_ranges.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "{} ignores ranges: everything before a range is read and thrown away",
+                endpoint.base.host_str().unwrap_or_default()
+            );
+        }
+        add(&self.metrics.bytes_skipped, body.skip);
         stream(self.timeouts.read, &url, answer, body, at, out).await
     }
 
     /// Length of a blob: by HEAD, or where that is refused by asking for one byte.
     pub(super) async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
         let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
-        loop {
-            let failure = match self.size_once(blob).await {
-                Ok(size) => return Ok(size),
-                Err(failure) => failure,
-            };
-            attempts.after(failure, false).await?;
+        let deadline = attempts.deadline;
+        let work = async {
+            loop {
+                let failure = match self.size_once(blob).await {
+                    Ok(size) => return Ok(size),
+                    Err(failure) => failure,
+                };
+                attempts.after(failure, false).await?;
+            }
+        };
+        match tokio::time::timeout_at(deadline, work).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(BackendError::Transport {
+                url: format!("{}sha256:{blob}", self.origin.base),
+                action: "asking for the length of a blob",
+                source: format!("no answer in {:?}", self.timeouts.total).into(),
+            }),
         }
     }
 
     async fn size_once(&self, blob: &BlobId) -> Result<u64, Failure> {
-        if let Ok((_, answer)) = self.open(&Method::HEAD, blob, 0..0).await
-            && let Some(size) = answer::total_size(&answer)
-        {
-            return Ok(size);
+        for mirror in &self.mirrors {
+            if mirror.health.as_ref().is_some_and(|health| health.usable()) {
+                match self.size_at(mirror, blob).await {
+                    Ok(size) => return Ok(size),
+                    Err(failure) => self.mirror_failed(mirror, failure)?,
+                }
+            }
         }
-        let (url, answer) = self.open(&Method::GET, blob, 0..1).await?;
+        self.size_at(&self.origin, blob).await
+    }
+
+    async fn size_at(&self, endpoint: &Endpoint, blob: &BlobId) -> Result<u64, Failure> {
+        if !endpoint.refuses_head.load(Ordering::Relaxed) {
+            let refused = match self.open(endpoint, &Method::HEAD, blob, 0..0).await {
+                Ok((_, answer)) => match answer::total_size(&answer) {
+                    Some(size) => return Ok(size),
+                    None => true,
+                },
+                Err(failure) => matches!(
+                    failure.error,
+                    BackendError::Status {
+                        status: 403 | 405 | 501,
+                        ..
+                    }
+                ),
+            };
+            endpoint.refuses_head.store(refused, Ordering::Relaxed);
+        }
+        let (url, answer) = self.open(endpoint, &Method::GET, blob, 0..1).await?;
         answer::total_size(&answer).ok_or_else(|| {
             Failure::never(BackendError::WrongRange {
                 url: public_name(&url),
