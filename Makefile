@@ -26,6 +26,7 @@ soak: install ## Run the long versions of randomised tests (as root)
 bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh
 	misc/bench/read.sh
+	misc/bench/fuse.sh
 	misc/bench/coldstart.sh
 	misc/bench/datapath.sh
 
