@@ -30,6 +30,7 @@ bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh
 	misc/bench/read.sh
 	misc/bench/mount.sh
+	misc/bench/fuse.sh
 	misc/bench/coldstart.sh
 	misc/bench/datapath.sh
 

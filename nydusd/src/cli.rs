@@ -55,6 +55,17 @@ enum Command {
     Fuse(FuseOptions),
     /// Mount an image by reference: fetch its metadata now and its content on demand
     Mount(MountOptions),
+    /// Show a running daemon and its state
+    Status(Plain),
+    /// List the images that a running daemon has mounted
+    Mounts(Plain),
+    /// Show the numbers of a running daemon
+    Metrics(Plain),
+    /// Unmount one image of a running daemon, or everything, which ends it
+    Umount(UmountOptions),
+    /// Look at configuration files
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Serve the kernel's cache (not supported yet)
     #[command(hide = true)]
     Singleton(Rest),
@@ -76,6 +87,63 @@ pub(crate) enum Task {
     Fuse(FuseOptions),
     /// Mount an image by reference.
     Mount(MountOptions),
+    /// Talk to a running daemon, or check a file; nothing is mounted.
+    Control(Control),
+}
+
+/// Tasks that mount nothing.
+#[derive(Debug)]
+pub(crate) enum Control {
+    /// Show state and version.
+    Status(Plain),
+    /// List images.
+    Mounts(Plain),
+    /// Show numbers.
+    Metrics(Plain),
+    /// Unmount.
+    Umount(UmountOptions),
+    /// Check a configuration file.
+    CheckConfig(CheckOptions),
+}
+
+/// Options of commands that show something.
+#[derive(Args, Debug)]
+pub(crate) struct Plain {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `umount`.
+#[derive(Args, Debug)]
+pub(crate) struct UmountOptions {
+    /// Path inside the daemon's mount, as `nydusd mounts` lists it
+    /// [default: everything; the daemon ends]
+    #[arg(value_name = "PATH")]
+    pub path: Option<String>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Commands for configuration files.
+#[derive(Subcommand, Debug)]
+enum ConfigCommand {
+    /// Check a configuration file, and show what it means
+    Check(CheckOptions),
+}
+
+/// Options of `config check`.
+#[derive(Args, Debug)]
+pub(crate) struct CheckOptions {
+    /// Configuration file: version 2 as JSON or TOML, version 1 as JSON
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Any arguments: of modes that are refused as a whole.
@@ -88,7 +156,7 @@ struct Rest {
 /// Options of every mode.
 #[derive(Args, Debug)]
 pub(crate) struct Global {
-    /// Path of the control socket (not supported yet)
+    /// Path of the control socket: made by a daemon, used by status, mounts, metrics, umount
     #[arg(short = 'A', long, value_name = "path", global = true)]
     pub apisock: Option<PathBuf>,
 
@@ -289,6 +357,13 @@ impl Cli {
             None => Task::Fuse(self.fuse),
             Some(Command::Fuse(options)) => Task::Fuse(options),
             Some(Command::Mount(options)) => Task::Mount(options),
+            Some(Command::Status(options)) => Task::Control(Control::Status(options)),
+            Some(Command::Mounts(options)) => Task::Control(Control::Mounts(options)),
+            Some(Command::Metrics(options)) => Task::Control(Control::Metrics(options)),
+            Some(Command::Umount(options)) => Task::Control(Control::Umount(options)),
+            Some(Command::Config(ConfigCommand::Check(options))) => {
+                Task::Control(Control::CheckConfig(options))
+            }
             Some(Command::Singleton(_)) => anyhow::bail!("mode `singleton` is not supported yet"),
             Some(Command::Virtiofs(_)) => anyhow::bail!("mode `virtiofs` is not supported yet"),
             Some(Command::Nbd(_)) => anyhow::bail!("mode `nbd` is not supported yet"),
@@ -320,7 +395,6 @@ impl Global {
     /// # Errors
     /// One line that names option and feature.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
-        refuse(self.apisock.is_some(), "--apisock", "the control API")?;
         refuse(
             self.supervisor.is_some(),
             "--supervisor",
@@ -464,7 +538,6 @@ mod tests {
     #[test]
     fn options_of_missing_features_name_the_feature() {
         for (line, wanted) in [
-            ("nydusd -M /m --apisock a", "control API"),
             ("nydusd -M /m --id i --supervisor s", "supervisor"),
             ("nydusd -M /m --upgrade", "taking over"),
             ("nydusd -M /m --writable", "writable"),

@@ -12,6 +12,7 @@
 mod backend;
 mod node;
 mod section;
+mod shown;
 mod v1;
 mod v2;
 

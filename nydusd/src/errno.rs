@@ -50,7 +50,7 @@ pub(crate) enum FsError {
 }
 
 /// The number for an error. No catch-all: a new error has to be thought about.
-fn errno(err: &FsError) -> i32 {
+pub(crate) fn errno(err: &FsError) -> i32 {
     use rafs::error::Error as Image;
     match err {
         FsError::UnknownNode(_) => libc::ESTALE,

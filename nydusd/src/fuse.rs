@@ -16,6 +16,8 @@
 //! The next step of a read: `rafs::fs`.
 
 pub(crate) mod node;
+pub(crate) mod notify;
+pub(crate) mod read_only;
 pub(crate) mod session;
 pub(crate) mod workers;
 
@@ -25,10 +27,10 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+    ZeroCopyWriter,
 };
 use rafs::image::Image;
 use rafs::units::Nid;
@@ -88,6 +90,34 @@ impl RafsFs {
             failures: Failures::default(),
             background,
         }
+    }
+
+    /// The image.
+    pub(crate) fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// Its blobs, in the order of the image's blob table.
+    pub(crate) fn blobs(&self) -> &[Arc<Blob>] {
+        &self.blobs
+    }
+
+    /// The node number of the image's root, as a directory below another one.
+    pub(crate) fn root_node(&self) -> u64 {
+        self.slot.node(self.image.root())
+    }
+
+    /// What a file range still lacks, by blob: the chunks that are not resident.
+    pub(crate) fn missing(&self, node: u64, offset: u64, size: u32) -> Vec<(String, Vec<u32>)> {
+        let parts = self.plan(node, offset, size).unwrap_or_default();
+        let lacking = parts.iter().filter_map(|part| {
+            let blob = self.blob(part.blob).ok()?;
+            let spans = part.spans.iter();
+            let missing = spans.filter(|span| !blob.is_span_resident(span));
+            let chunks: Vec<u32> = missing.map(|span| span.chunk.get()).collect();
+            (!chunks.is_empty()).then(|| (blob.info().id.to_string(), chunks))
+        });
+        lacking.collect()
     }
 
     fn fail(&self, op: &'static str, node: u64, err: FsError) -> io::Error {
@@ -225,6 +255,25 @@ impl RafsFs {
     }
 }
 
+/// What is asked of the kernel when a session begins.
+pub(crate) fn options() -> FsOptions {
+    FsOptions::ASYNC_READ
+            | FsOptions::ASYNC_DIO
+            | FsOptions::PARALLEL_DIROPS
+            | FsOptions::MAX_PAGES
+            | FsOptions::DO_READDIRPLUS
+            | FsOptions::READDIRPLUS_AUTO
+            | FsOptions::CACHE_SYMLINKS
+            | FsOptions::ZERO_MESSAGE_OPEN
+            | FsOptions::ZERO_MESSAGE_OPENDIR
+            | FsOptions::EXPLICIT_INVAL_DATA
+            // The kernel checks permissions; without this it would ignore ACLs.
+            | FsOptions::POSIX_ACL
+            // Bit 39 only counts together with the bit that says there are so many.
+            | FsOptions::INIT_EXT
+            | FsOptions::HAS_RESEND
+}
+
 /// The bytes of spans, with neighbours joined: one system call each.
 fn joined(spans: &[ChunkSpan]) -> impl Iterator<Item = Range<u64>> + '_ {
     let touching = |a: &ChunkSpan, b: &ChunkSpan| a.plain.end == b.plain.start;
@@ -270,11 +319,11 @@ impl workers::Residency for RafsFs {
         })
     }
 
-    fn make_resident(&self, node: u64, offset: u64, size: u32) -> io::Result<()> {
+    fn make_resident(&self, read: &workers::Wanted) -> io::Result<()> {
         let made = self
-            .plan(node, offset, size)
+            .plan(read.node, read.offset, read.size)
             .and_then(|parts| parts.iter().try_for_each(|part| self.fill(part)));
-        made.map_err(|err| self.fail("read", node, err))
+        made.map_err(|err| self.fail("read", read.node, err))
     }
 }
 
@@ -283,21 +332,7 @@ impl FileSystem for RafsFs {
     type Handle = u64;
 
     fn init(&self, _capable: FsOptions) -> io::Result<FsOptions> {
-        Ok(FsOptions::ASYNC_READ
-            | FsOptions::ASYNC_DIO
-            | FsOptions::PARALLEL_DIROPS
-            | FsOptions::MAX_PAGES
-            | FsOptions::DO_READDIRPLUS
-            | FsOptions::READDIRPLUS_AUTO
-            | FsOptions::CACHE_SYMLINKS
-            | FsOptions::ZERO_MESSAGE_OPEN
-            | FsOptions::ZERO_MESSAGE_OPENDIR
-            | FsOptions::EXPLICIT_INVAL_DATA
-            // The kernel checks permissions; without this it would ignore ACLs.
-            | FsOptions::POSIX_ACL
-            // Bit 39 only counts together with the bit that says there are so many.
-            | FsOptions::INIT_EXT
-            | FsOptions::HAS_RESEND)
+        Ok(options())
     }
 
     fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -441,123 +476,7 @@ impl FileSystem for RafsFs {
         Ok(node::usage(&self.image))
     }
 
-    // The mount is read-only, so the kernel refuses changes before it asks. The
-    // answers below are for whoever finds a way around that.
-
-    fn setattr(
-        &self,
-        _ctx: &Context,
-        node: u64,
-        _attr: stat64,
-        _handle: Option<u64>,
-        _valid: SetattrValid,
-    ) -> io::Result<(stat64, Duration)> {
-        Err(self.fail("setattr", node, FsError::ReadOnly))
-    }
-
-    fn symlink(&self, _ctx: &Context, _to: &CStr, dir: u64, _name: &CStr) -> io::Result<Entry> {
-        Err(self.fail("symlink", dir, FsError::ReadOnly))
-    }
-
-    fn mknod(
-        &self,
-        _ctx: &Context,
-        dir: u64,
-        _name: &CStr,
-        _mode: u32,
-        _rdev: u32,
-        _umask: u32,
-    ) -> io::Result<Entry> {
-        Err(self.fail("mknod", dir, FsError::ReadOnly))
-    }
-
-    fn mkdir(
-        &self,
-        _ctx: &Context,
-        dir: u64,
-        _name: &CStr,
-        _mode: u32,
-        _umask: u32,
-    ) -> io::Result<Entry> {
-        Err(self.fail("mkdir", dir, FsError::ReadOnly))
-    }
-
-    fn unlink(&self, _ctx: &Context, dir: u64, _name: &CStr) -> io::Result<()> {
-        Err(self.fail("unlink", dir, FsError::ReadOnly))
-    }
-
-    fn rmdir(&self, _ctx: &Context, dir: u64, _name: &CStr) -> io::Result<()> {
-        Err(self.fail("rmdir", dir, FsError::ReadOnly))
-    }
-
-    fn rename(
-        &self,
-        _ctx: &Context,
-        dir: u64,
-        _name: &CStr,
-        _new_dir: u64,
-        _new_name: &CStr,
-        _flags: u32,
-    ) -> io::Result<()> {
-        Err(self.fail("rename", dir, FsError::ReadOnly))
-    }
-
-    fn link(&self, _ctx: &Context, node: u64, _dir: u64, _name: &CStr) -> io::Result<Entry> {
-        Err(self.fail("link", node, FsError::ReadOnly))
-    }
-
-    fn create(
-        &self,
-        _ctx: &Context,
-        dir: u64,
-        _name: &CStr,
-        _args: CreateIn,
-    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        Err(self.fail("create", dir, FsError::ReadOnly))
-    }
-
-    fn write(
-        &self,
-        _ctx: &Context,
-        node: u64,
-        _handle: u64,
-        _data: &mut dyn ZeroCopyReader,
-        _size: u32,
-        _offset: u64,
-        _owner: Option<u64>,
-        _delayed: bool,
-        _flags: u32,
-        _fuse_flags: u32,
-    ) -> io::Result<usize> {
-        Err(self.fail("write", node, FsError::ReadOnly))
-    }
-
-    fn fallocate(
-        &self,
-        _ctx: &Context,
-        node: u64,
-        _handle: u64,
-        _mode: u32,
-        _offset: u64,
-        _length: u64,
-    ) -> io::Result<()> {
-        Err(self.fail("fallocate", node, FsError::ReadOnly))
-    }
-
-    fn setxattr(
-        &self,
-        _ctx: &Context,
-        node: u64,
-        _name: &CStr,
-        _value: &[u8],
-        _flags: u32,
-    ) -> io::Result<()> {
-        Err(self.fail("setxattr", node, FsError::ReadOnly))
-    }
-
-    fn removexattr(&self, _ctx: &Context, node: u64, _name: &CStr) -> io::Result<()> {
-        Err(self.fail("removexattr", node, FsError::ReadOnly))
-    }
+    read_only::changes_are_refused!();
 }
 
 /// Whether a listing goes on: 0 bytes added means that the reply is full.

@@ -8,7 +8,7 @@
 //! descriptors, starts another one ([`Holder`]); nobody notices.
 //!
 //! * [`process`]: what the keeper does;
-//! * [`channel`]: how the two talk;
+//! * [`channel`]: how the two talk, [`text`]: what is too long for that;
 //! * `docs/crash-safety.md`: what each death costs, with the test that proves it.
 //!
 //! The process that a user starts becomes the keeper; it lives as long as anything is
@@ -16,6 +16,7 @@
 
 pub(crate) mod channel;
 pub(crate) mod process;
+pub(crate) mod text;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

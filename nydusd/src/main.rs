@@ -5,13 +5,15 @@
 //!
 //! [`cli`] says what to do, [`config`] and [`pull`] find the parts of an image,
 //! [`mounts`] opens them and has them served by one of the drivers, [`daemon`] stays
-//! until the end. The path of a read starts in [`fuse`], or in [`erofs`] where the
-//! kernel serves the image ([`driver`]). Only this file ends the process: 0 done,
-//! 1 failed, 2 wrong usage.
+//! until the end; the [`api`] changes what is mounted meanwhile ([`manager`]). The path
+//! of a read starts in [`vfs`], or in [`erofs`] where the kernel serves the image
+//! ([`driver`]). Only this file ends the process: 0 done, 1 failed, 2 wrong usage.
 
+mod api;
 mod busy;
 mod cli;
 mod config;
+mod ctl;
 mod daemon;
 mod driver;
 mod elf;
@@ -22,25 +24,33 @@ mod fuse;
 mod keeper;
 mod limits;
 mod logging;
+mod manager;
+mod metered;
 mod mountinfo;
 mod mounts;
 mod pool;
 mod prefetch;
 mod pull;
 mod record;
+mod vfs;
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail, ensure};
 use clap::Parser as _;
 
+use api::{Api, Server};
 use cli::{Cli, FuseOptions, Global, Task};
 use driver::Choice;
 use keeper::channel::Channel;
-use keeper::{Holder, Receiver, process};
+use keeper::{Deposit, Holder, Receiver, process};
+use logging::Logs;
+use manager::Manager;
+use manager::saved::Origin;
 use mounts::Source;
 use mounts::table::{Inherited, Mount, Mounts, Wish};
 
@@ -68,6 +78,9 @@ fn keep(mut arguments: Vec<OsString>, successor: bool) -> anyhow::Result<u8> {
     let options = if successor { 1 } else { 0 };
     let line = arguments.iter().skip(options).cloned();
     let (global, task) = Cli::try_parse_from(std::iter::once(name).chain(line))?.task()?;
+    if let Task::Control(control) = &task {
+        return ctl::run(global.apisock.as_deref(), control).map(|()| 0);
+    }
     // What can be known to be wrong now need not be found out by a worker.
     global.check()?;
     if let Task::Fuse(options) = &task {
@@ -92,9 +105,9 @@ fn work(mut arguments: Vec<OsString>) -> anyhow::Result<()> {
     let inherited = Inherited::take(&mut deposits)?;
     let (global, task) = Cli::try_parse_from(&arguments)?.task()?;
     arguments.remove(0);
-    logging::start(global.log_level, global.log_file.as_deref())?;
+    let logs = logging::start(global.log_level, global.log_file.as_deref())?;
     let keeper = Holder::new(channel, deposits, arguments)?;
-    run(&global, task, keeper, inherited)
+    run(&global, task, logs, &keeper, inherited)
 }
 
 /// Prints the whole chain of causes, and chooses the exit code.
@@ -118,8 +131,9 @@ fn report(err: &anyhow::Error) -> ExitCode {
 fn run(
     global: &Global,
     task: Task,
-    keeper: Arc<Holder>,
-    inherited: Inherited,
+    logs: Logs,
+    keeper: &Arc<Holder>,
+    mut inherited: Inherited,
 ) -> anyhow::Result<()> {
     let started = Instant::now();
     for option in global.without_effect() {
@@ -129,12 +143,19 @@ fn run(
     let stop = daemon::Stop::listen()?;
     keeper.ready();
     limits::raise_open_files(global.rlimit_nofile);
-    let mounts = Mounts::new(Arc::clone(&keeper), stop.on_end());
-    mounts.recover(inherited, |saved| match &task {
-        Task::Fuse(options) => described(global, options).map(|(source, _)| source),
-        Task::Mount(options) => pull::again(options, saved.bootstrap.clone()),
+    let manager = Arc::new(Manager::new(Arc::clone(keeper)));
+    let mounts = Mounts::new(Arc::clone(keeper), Arc::clone(&manager), stop.on_end());
+    let control_left = inherited.take_control();
+    mounts.recover(inherited, &|origin, bootstrap| match (origin, &task) {
+        (Origin::Api(body), _) => api::source(body),
+        (Origin::CommandLine, Task::Fuse(options)) => described(global, options)?
+            .map(|(source, _)| source)
+            .context("the command line names no image"),
+        (Origin::CommandLine, Task::Mount(options)) => pull::again(options, bootstrap),
+        (Origin::CommandLine, Task::Control(_)) => bail!("nothing is mounted by this command"),
     })?;
-    if mounts.list().is_empty() {
+    let fresh = mounts.list().is_empty();
+    if fresh {
         let mount = first_mount(global, task, &mounts, &stop).inspect_err(|_| mounts.close())?;
         tracing::info!(
             "ready: {} mounted on {} by {} in {} ms",
@@ -144,12 +165,49 @@ fn run(
             started.elapsed().as_millis()
         );
     }
+    let api = Api {
+        manager,
+        logs,
+        id: global.id.clone(),
+        supervisor: global.supervisor.clone(),
+    };
+    // Clients take the socket as the sign that all is ready.
+    let server = match &global.apisock {
+        None => None,
+        Some(path) => match control(path, control_left, api, keeper) {
+            Ok(server) => Some(server),
+            Err(error) if fresh => {
+                mounts.abandon();
+                return Err(error);
+            }
+            // Somebody uses the mounts; they come first.
+            Err(error) => {
+                tracing::error!("no control API from now on: {error:#}");
+                None
+            }
+        },
+    };
     keeper.serving();
     let served = daemon::serve(&mounts, &stop);
+    drop(server);
     if mounts.list().is_empty() {
         mounts.close();
     }
     served
+}
+
+/// Starts the control API, or goes on with a predecessor's.
+fn control(
+    path: &Path,
+    left: Vec<(String, Deposit)>,
+    api: Api,
+    keeper: &Arc<Holder>,
+) -> anyhow::Result<Server> {
+    let control = match api::Control::recover(path, left, keeper)? {
+        Some(control) => control,
+        None => api::Control::new(path, keeper)?,
+    };
+    Server::start(control, api, Arc::clone(keeper))
 }
 
 /// Mounts what the command line asks for.
@@ -161,13 +219,21 @@ fn first_mount(
 ) -> anyhow::Result<Arc<Mount>> {
     let (source, mountpoint, wish) = match task {
         Task::Fuse(options) => {
-            let (source, configured) = described(global, &options)?;
+            let threads = options.fuse_threads.unwrap_or(4);
+            let described = described(global, &options)?;
+            let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
+            let Some((source, configured)) = described else {
+                ensure!(
+                    options.driver != Some(Choice::Erofs),
+                    "--driver erofs serves one image: give it with --bootstrap"
+                );
+                return mounts.mount_empty(&mountpoint, threads);
+            };
             let wish = Wish {
                 // Older clients know nothing of drivers, and expect this one.
                 driver: options.driver.or(configured).unwrap_or(Choice::Fuse),
-                threads: options.fuse_threads.unwrap_or(4),
+                threads,
             };
-            let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
             (source, mountpoint, wish)
         }
         Task::Mount(options) => {
@@ -179,22 +245,30 @@ fn first_mount(
             };
             (source, options.mountpoint, wish)
         }
+        Task::Control(_) => bail!("nothing is mounted by this command"),
     };
     mounts.mount(&source, &mountpoint, wish)
 }
 
 /// The image that bootstrap and configuration describe, and the driver if it is
-/// configured.
-fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<(Source, Option<Choice>)> {
-    let bootstrap = options.bootstrap.clone().context(
-        "--bootstrap is missing; mounting later through the control API is not supported yet",
-    )?;
+/// configured; `None` if images are to be mounted through the control API.
+fn described(
+    global: &Global,
+    options: &FuseOptions,
+) -> anyhow::Result<Option<(Source, Option<Choice>)>> {
+    let bootstrap = match (&options.bootstrap, &global.apisock) {
+        (Some(bootstrap), _) => bootstrap.clone(),
+        (None, Some(_)) => return Ok(None),
+        (None, None) => bail!(
+            "--bootstrap is missing; to mount images later, give a control socket with --apisock"
+        ),
+    };
     let files = options.prefetch_files.as_deref();
     let files = files.map(prefetch::read_list).transpose()?;
     if let Some(dir) = &options.localfs_dir {
         let mut source = Source::local(bootstrap, dir, dir)?;
         source.prefetch.files = files;
-        return Ok((source, None));
+        return Ok(Some((source, None)));
     }
     let path = global
         .config
@@ -204,5 +278,5 @@ fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<(Source, 
     let mut source = Source::configured(bootstrap, &config)?;
     // A list on the command line is a wish of its own, whatever the configuration says.
     source.prefetch.files = files.or(source.prefetch.files);
-    Ok((source, config.driver))
+    Ok(Some((source, config.driver)))
 }

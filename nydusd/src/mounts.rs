@@ -11,6 +11,7 @@ pub(crate) mod table;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context as _;
 use rafs::image::Image;
@@ -26,12 +27,13 @@ use storage::budget::Budget;
 use storage::cache::{CacheDir, CacheError, Limits, Settings};
 use storage::oci::credentials::DockerConfig;
 use storage::oci::{Access, RegistryRef};
-use storage::prefetch::Prefetch;
 
 use crate::config::{self, Config, Login};
 use crate::follow;
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
+use crate::manager::About;
+use crate::metered::Metered;
 use crate::prefetch::{self, Wish};
 use crate::record::Recorder;
 
@@ -56,6 +58,8 @@ pub(crate) struct Source {
     pub prefetch: Wish,
     /// File for the list of files that are read.
     pub record: Option<PathBuf>,
+    /// What is known about it; the rest is filled in by [`open`].
+    pub about: About,
 }
 
 impl Source {
@@ -73,6 +77,10 @@ impl Source {
             cache: config::Cache::in_dir(cache),
             prefetch: Wish::default(),
             record: None,
+            about: About {
+                backend_kind: "localfs".to_owned(),
+                ..About::default()
+            },
         })
     }
 
@@ -92,6 +100,12 @@ impl Source {
                 },
             },
             record: None,
+            about: About {
+                id: config.id.clone(),
+                backend_kind: config.backend.kind().to_owned(),
+                config: config.shown(),
+                ..About::default()
+            },
         })
     }
 }
@@ -221,27 +235,33 @@ pub(crate) struct Opened {
     pub blobs: Vec<Arc<Blob>>,
     /// Where content is kept.
     pub cache: CacheDir,
+    /// Where it comes from.
+    pub backend: Arc<Metered>,
 }
 
 impl Opened {
-    /// Starts to fetch what is wanted before it is read; ends with what is returned.
-    pub(crate) fn prefetch(&self, source: &Source) -> Option<Prefetch> {
-        prefetch::start(&self.image, &self.blobs, &source.prefetch)
-    }
-
-    /// The image as a FUSE file system, with what goes on beside it.
+    /// The image as a file system, with what goes on beside it, and what is known
+    /// about it.
     ///
     /// # Errors
     /// When reads are to be recorded and cannot.
-    pub(crate) fn into_files(self, source: &Source) -> anyhow::Result<RafsFs> {
+    pub(crate) fn into_files(self, source: &Source, slot: Slot) -> anyhow::Result<(RafsFs, About)> {
         let recorder = source.record.as_deref();
         let background = Background {
-            prefetch: self.prefetch(source),
+            prefetch: prefetch::start(&self.image, &self.blobs, &source.prefetch),
             recorder: recorder
                 .map(|path| Recorder::new(&self.image, path))
                 .transpose()?,
         };
-        Ok(RafsFs::new(Slot::FIRST, self.image, self.blobs, background))
+        let about = About {
+            image: source.name.clone(),
+            backend: Some(self.backend),
+            cache: Arc::clone(self.cache.metrics()),
+            cache_dir: self.cache.path().to_owned(),
+            mounted: Some(SystemTime::now()),
+            ..source.about.clone()
+        };
+        Ok((RafsFs::new(slot, self.image, self.blobs, background), about))
     }
 }
 
@@ -250,6 +270,8 @@ impl Opened {
 /// # Errors
 /// When the bootstrap is unusable, or the cache directory is not writable.
 pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
+    let metered = Arc::new(Metered::new(Arc::clone(&source.backend)));
+    let backend: Arc<dyn Backend> = Arc::<Metered>::clone(&metered);
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
@@ -259,7 +281,7 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
         .zip(image.blobs())
         .map(|(index, info)| {
             let digests = Arc::new(image.digests(BlobIndex::new(index)));
-            Blob::open(&cache, info.clone(), Arc::clone(&source.backend), digests)
+            Blob::open(&cache, info.clone(), Arc::clone(&backend), digests)
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -275,6 +297,7 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
         image,
         blobs,
         cache,
+        backend: metered,
     })
 }
 

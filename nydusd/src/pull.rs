@@ -26,6 +26,7 @@ use storage::oci::{Access, ContentDigest, Credentials, ImageRef, Images, Platfor
 use crate::cli::MountOptions;
 use crate::config::Login;
 use crate::daemon::Stop;
+use crate::manager::About;
 use crate::mounts::{self, Source};
 use crate::prefetch::{self, Wish};
 
@@ -73,6 +74,10 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
         record: options.record_files.clone(),
+        about: About {
+            backend_kind: "registry".to_owned(),
+            ..About::default()
+        },
     })
 }
 
@@ -103,6 +108,10 @@ pub(crate) fn again(options: &MountOptions, bootstrap: PathBuf) -> anyhow::Resul
         cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
         record: None,
+        about: About {
+            backend_kind: "registry".to_owned(),
+            ..About::default()
+        },
     })
 }
 

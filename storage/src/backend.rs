@@ -62,6 +62,17 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// As for [`Backend::fetch`].
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError>;
+
+    /// Uses this user name and password from the next request on.
+    ///
+    /// # Errors
+    /// [`BackendError::Config`] from a backend that has no such thing, or cannot use them.
+    fn renew_login(&self, user: &str, password: &str) -> Result<(), BackendError> {
+        let _ = (user, password);
+        Err(BackendError::Config(
+            "this kind of backend has no credentials to replace".to_owned(),
+        ))
+    }
 }
 
 /// Collects a whole range into memory.

@@ -31,7 +31,14 @@ fn every_command_explains_itself() {
         );
         assert!(finished.stderr.is_empty(), "{}", finished.stderr);
     }
-    for arguments in [&["--help"][..], &["fuse", "--help"], &["mount", "--help"]] {
+    for arguments in [
+        &["--help"][..],
+        &["fuse", "--help"],
+        &["mount", "--help"],
+        &["status", "--help"],
+        &["umount", "--help"],
+        &["config", "check", "--help"],
+    ] {
         let finished = output(nydusd().unwrap(), arguments);
         assert_eq!(finished.code(), 0, "{arguments:?}");
         assert!(

@@ -10,6 +10,7 @@
 //! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
+//! - [`api`]: the control socket: many images, numbers, commands
 //! - [`backends`], [`soak`]: blobs from real servers, good and bad ones
 //! - [`kills`]: any one process of a daemon can die at any moment
 //! - [`lifecycle`]: daemons end cleanly, however they are told
@@ -22,6 +23,7 @@
     reason = "a test that cannot go on fails where it stands"
 )]
 
+mod api;
 mod backends;
 mod bad_build;
 mod bad_mount;

@@ -4,6 +4,7 @@
 //! - [`binaries`]: the programs under test, built when they are stale
 //! - [`command`], [`process`]: run a program to its end, or keep one running
 //! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
+//! - [`api`]: a client of the control socket
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
 //! - [`nginx`], [`object_store`]: a real web server, and a real S3-compatible one
 //! - [`proxy`], [`proxy::chaos`]: an HTTP proxy that misbehaves as told, or by chance
@@ -18,6 +19,7 @@
 //! dropped, by process id; every wait has a deadline; a missing tool is an error
 //! that says what to install.
 
+pub mod api;
 pub mod binaries;
 pub mod blob;
 pub mod command;

@@ -20,8 +20,25 @@ const NID_MASK: u64 = (1 << NID_BITS) - 1;
 pub(crate) struct Slot(u8);
 
 impl Slot {
-    /// Of the image that is mounted at start.
+    /// Of the first image.
+    #[cfg(test)]
     pub(crate) const FIRST: Self = Self(1);
+
+    /// The slot with this number; `None` for 0, which is not an image's.
+    pub(crate) fn new(number: u8) -> Option<Self> {
+        (number > 0).then_some(Self(number))
+    }
+
+    /// The number in the top byte of a node number; 0 for the daemon's own directories.
+    pub(crate) fn of(node: u64) -> u8 {
+        // Fits: eight bits are left.
+        u8::try_from(node >> NID_BITS).unwrap_or(0)
+    }
+
+    /// Its number.
+    pub(crate) fn get(self) -> u8 {
+        self.0
+    }
 
     /// The node number of an inode.
     pub(crate) fn node(self, nid: Nid) -> u64 {
@@ -66,19 +83,25 @@ pub(crate) fn attributes(node: u64, inode: &Inode) -> stat64 {
     stat
 }
 
-/// What `statfs` shows: everything used, nothing free.
-pub(crate) fn usage(image: &Image) -> statvfs64 {
+/// What `statfs` shows where there is no image: nothing.
+pub(crate) fn empty() -> statvfs64 {
     // SAFETY: the structure is plain integers, for which zero is a value.
     let mut stat: statvfs64 = unsafe { std::mem::zeroed() };
+    stat.f_bsize = BLOCK_SIZE;
+    stat.f_frsize = BLOCK_SIZE;
+    stat.f_namemax = 255;
+    stat
+}
+
+/// What `statfs` shows: everything used, nothing free.
+pub(crate) fn usage(image: &Image) -> statvfs64 {
+    let mut stat = empty();
     let bytes: u64 = image
         .blobs()
         .iter()
         .fold(0, |sum, blob| sum.saturating_add(blob.uncompressed_size));
-    stat.f_bsize = BLOCK_SIZE;
-    stat.f_frsize = BLOCK_SIZE;
     stat.f_blocks = bytes.div_ceil(BLOCK_SIZE);
     stat.f_files = image.inode_count();
-    stat.f_namemax = 255;
     stat
 }
 
@@ -95,7 +118,7 @@ pub(crate) fn dirent_type(kind: FileKind) -> u32 {
     })
 }
 
-fn blank() -> stat64 {
+pub(crate) fn blank() -> stat64 {
     fuse_backend_rs::api::filesystem::Entry::default().attr
 }
 

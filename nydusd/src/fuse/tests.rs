@@ -5,6 +5,7 @@ use std::ffi::CString;
 use rafs::tree::{Attr, Content, Inode, InodeId, Tree};
 use rafs::writer::{WriteOptions, write};
 
+use super::read_only::{CreateIn, SetattrValid};
 use super::*;
 
 fn attr(permissions: u16) -> Attr {

@@ -52,7 +52,22 @@ pub(crate) trait Residency {
     ///
     /// # Errors
     /// The answer to the read, if they cannot be had. It has been logged.
-    fn make_resident(&self, node: u64, offset: u64, size: u32) -> io::Result<()>;
+    fn make_resident(&self, read: &Wanted) -> io::Result<()>;
+}
+
+/// A read whose data has to be waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// The kernel's number of the request.
+    pub unique: u64,
+    /// Process that reads, in our process namespace; 0 for the kernel's own read-ahead.
+    pub pid: u32,
+    /// Node number of the file.
+    pub node: u64,
+    /// Position in the file, in bytes.
+    pub offset: u64,
+    /// Length, in bytes.
+    pub size: u32,
 }
 
 /// What the threads share.
@@ -216,10 +231,14 @@ where
             let Some(read) = as_read(&message) else {
                 continue;
             };
-            match self
-                .files
-                .make_resident(read.nodeid, read.offset, read.size)
-            {
+            let wanted = Wanted {
+                unique: read.unique,
+                pid: read.pid,
+                node: read.nodeid,
+                offset: read.offset,
+                size: read.size,
+            };
+            match self.files.make_resident(&wanted) {
                 Ok(()) => {
                     let turn = self.next_reply.fetch_add(1, Ordering::Relaxed) % REPLY_BUFFERS;
                     let Some(buffer) = self.replies.get(turn) else {

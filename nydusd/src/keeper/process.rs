@@ -20,6 +20,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::channel::{Channel, Message};
 use super::{Receiver, WORKER, send_deposit};
+use crate::mounts::saved::MOUNT;
 
 /// The descriptor by which a child process finds its end of the channel.
 pub(crate) const CHANNEL: RawFd = 3;
@@ -188,7 +189,13 @@ impl Keeper {
         loop {
             self.listen(&mut worker);
             let code = worker.wait();
-            if self.held.deposits.is_empty() {
+            // Whatever else there is was for the mounts.
+            if !self
+                .held
+                .deposits
+                .keys()
+                .any(|name| name.starts_with(MOUNT))
+            {
                 return Ok(code.unwrap_or(0));
             }
             tracing::error!("the worker has died{}; starting another one", worker.how());

@@ -2,7 +2,8 @@
 //!
 //! The descriptors that go with it, in this order:
 //!
-//! * FUSE: the bootstrap, `/dev/fuse`;
+//! * FUSE: `/dev/fuse`; the images in the mount are deposits of their own
+//!   ([`manager::saved`](crate::manager::saved));
 //! * EROFS: the bootstrap, the lock of the mount's directory, the watch for its end
 //!   (once served), and the cache file of every blob.
 //!
@@ -18,6 +19,9 @@ use crate::driver::Driver;
 
 /// Name of the deposit with the fanotify group of all mounts.
 pub(crate) const EVENTS: &str = "events";
+/// What the names of mounts' deposits begin with: as long as there is one, there is
+/// something to keep.
+pub(crate) const MOUNT: &str = "mount-";
 /// Version of the note. Raised when an older reader would misunderstand.
 const VERSION: u32 = 1;
 
@@ -43,7 +47,7 @@ pub(crate) struct Saved {
     pub phase: Phase,
     /// The image as the user named it.
     pub image: String,
-    /// The bootstrap that is served.
+    /// The bootstrap that is served, if it is one image.
     pub bootstrap: PathBuf,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
@@ -57,14 +61,14 @@ pub(crate) struct Saved {
 
 impl Saved {
     /// Of a mount that is about to be made.
-    pub(crate) fn new(id: u64, driver: Driver, source: &Source, mountpoint: &Path) -> Self {
+    pub(crate) fn new(id: u64, driver: Driver, source: Option<&Source>, mountpoint: &Path) -> Self {
         Self {
             version: VERSION,
             id,
             driver,
             phase: Phase::Mounting,
-            image: source.name.clone(),
-            bootstrap: source.bootstrap.clone(),
+            image: image_name(source),
+            bootstrap: source.map_or_else(PathBuf::new, |source| source.bootstrap.clone()),
             mountpoint: mountpoint.to_owned(),
             device: 0,
             place: None,
@@ -96,9 +100,14 @@ impl Saved {
     }
 }
 
+/// The image of a mount, for messages.
+pub(crate) fn image_name(source: Option<&Source>) -> String {
+    source.map_or_else(|| "no image yet".to_owned(), |source| source.name.clone())
+}
+
 /// Name of the deposit of a mount.
 pub(crate) fn name(id: u64) -> String {
-    format!("mount-{id}")
+    format!("{MOUNT}{id}")
 }
 
 #[cfg(test)]

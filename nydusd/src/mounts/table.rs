@@ -20,10 +20,10 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use storage::blob::Blob;
-use storage::prefetch::Prefetch;
 
-use super::saved::{self, EVENTS, Phase, Saved};
+use super::saved::{self, EVENTS, MOUNT, Phase, Saved};
 use super::{Opened, Source, open};
+use crate::api;
 use crate::busy::{self, Holder};
 use crate::driver::{Choice, Driver, choose};
 use crate::erofs::ErofsMount;
@@ -31,10 +31,11 @@ use crate::erofs::events::{self, Inheritance, Watch};
 use crate::erofs::journal::{FileId, Journal};
 use crate::erofs::place::{self, Place};
 use crate::erofs::sys::{self, EndWatch};
-use crate::fuse::RafsFs;
 use crate::fuse::session::{Session, check_mountpoint};
 use crate::fuse::workers::Workers;
 use crate::keeper::{Deposit, Deposits, Holder as Keeper, process};
+use crate::manager::Manager;
+use crate::manager::saved::{self as images, Origin};
 use crate::mountinfo;
 
 /// How long a mount that is busy is given: a process that just ended may hold its
@@ -64,7 +65,7 @@ pub(crate) struct Mount {
     pub id: u64,
     /// What serves it.
     pub driver: Driver,
-    /// The image as the user named it.
+    /// The image as the user named it, for messages.
     pub image: String,
     /// Where it is mounted, absolute.
     pub mountpoint: PathBuf,
@@ -76,7 +77,8 @@ pub(crate) struct Mount {
 /// What can be said of a mount before it is made.
 struct Plan<'a> {
     id: u64,
-    source: &'a Source,
+    /// `None` for a mount that gets its images later.
+    source: Option<&'a Source>,
     mountpoint: &'a Path,
     threads: u16,
 }
@@ -84,11 +86,7 @@ struct Plan<'a> {
 #[derive(Debug)]
 enum Serving {
     Fuse,
-    Erofs {
-        mount: Arc<ErofsMount>,
-        #[expect(dead_code, reason = "it is here to end with the mount")]
-        prefetch: Option<Prefetch>,
-    },
+    Erofs(Arc<ErofsMount>),
 }
 
 /// What came of a request to take a mount down.
@@ -106,6 +104,8 @@ pub(crate) struct Mounts {
     /// Of all mounts that the kernel serves; made for the first.
     watch: Mutex<Option<Arc<Watch>>>,
     keeper: Arc<Keeper>,
+    /// The images.
+    manager: Arc<Manager>,
     ended: Arc<dyn Fn(Ended) + Send + Sync>,
 }
 
@@ -121,11 +121,16 @@ impl Mounts {
     /// None yet.
     ///
     /// * `ended`: is told of the end of every mount.
-    pub(crate) fn new(keeper: Arc<Keeper>, ended: impl Fn(Ended) + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(
+        keeper: Arc<Keeper>,
+        manager: Arc<Manager>,
+        ended: impl Fn(Ended) + Send + Sync + 'static,
+    ) -> Self {
         Self {
             mounts: Mutex::default(),
             watch: Mutex::default(),
             keeper,
+            manager,
             ended: Arc::new(ended),
         }
     }
@@ -145,8 +150,8 @@ impl Mounts {
         // Nothing must be built on a mount that reads zeros.
         place::sweep(opened.cache.path())?;
         let plan = Plan {
-            id: lock(&self.mounts).last().map_or(1, |last| last.id + 1),
-            source,
+            id: self.next(),
+            source: Some(source),
             mountpoint: &mountpoint,
             threads: wish.threads,
         };
@@ -159,7 +164,7 @@ impl Mounts {
         let mut driver = choose(choice, opened.cache.path());
         let mut served = None;
         if driver == Driver::Erofs {
-            match self.erofs(&plan, &opened) {
+            match self.erofs(&plan, source, &opened) {
                 Err(error) if wish.driver == Choice::Auto => {
                     tracing::warn!("driver fuse after all: {error:#}");
                     driver = Driver::Fuse;
@@ -167,18 +172,57 @@ impl Mounts {
                 done => served = Some(done),
             }
         }
-        let served = served.unwrap_or_else(|| self.fuse(&plan, opened));
+        let served = match served {
+            None => self.fuse(&plan, Some(opened)),
+            Some(served) => served.and_then(|served| {
+                self.manager.note(source, opened)?;
+                Ok(served)
+            }),
+        };
+        self.finish(&plan, driver, served)
+    }
+
+    /// Mounts no image yet: they come through the control API.
+    ///
+    /// # Errors
+    /// When it cannot be mounted.
+    pub(crate) fn mount_empty(
+        &self,
+        mountpoint: &Path,
+        threads: u16,
+    ) -> anyhow::Result<Arc<Mount>> {
+        let plan = Plan {
+            id: self.next(),
+            source: None,
+            mountpoint: &check_mountpoint(mountpoint)?,
+            threads,
+        };
+        let served = self.fuse(&plan, None);
+        self.finish(&plan, Driver::Fuse, served)
+    }
+
+    fn next(&self) -> u64 {
+        lock(&self.mounts).last().map_or(1, |last| last.id + 1)
+    }
+
+    fn finish(
+        &self,
+        plan: &Plan<'_>,
+        driver: Driver,
+        served: anyhow::Result<(u64, Serving)>,
+    ) -> anyhow::Result<Arc<Mount>> {
         let (device, serving) = served.inspect_err(|_| {
+            self.manager.close();
             self.keeper.withdraw(&saved::name(plan.id));
         })?;
-        Ok(self.enter(&plan, driver, device, serving))
+        Ok(self.enter(plan, driver, device, serving))
     }
 
     fn enter(&self, plan: &Plan<'_>, driver: Driver, device: u64, serving: Serving) -> Arc<Mount> {
         let mount = Arc::new(Mount {
             id: plan.id,
             driver,
-            image: plan.source.name.clone(),
+            image: saved::image_name(plan.source),
             mountpoint: plan.mountpoint.to_owned(),
             device,
             serving,
@@ -198,34 +242,46 @@ impl Mounts {
         let at = mounts.iter().position(|mount| mount.id == ended.0)?;
         let mount = mounts.remove(at);
         drop(mounts);
-        if let Serving::Erofs { mount, .. } = &mount.serving {
-            mount.release();
+        match &mount.serving {
+            Serving::Erofs(mount) => mount.release(),
+            Serving::Fuse => self.manager.close(),
         }
         self.keeper.withdraw(&saved::name(mount.id));
         Some(mount)
     }
 
+    /// Takes everything down again: the daemon cannot begin its work.
+    pub(crate) fn abandon(&self) {
+        for mount in self.list() {
+            detach(&mount.mountpoint);
+            self.forget(Ended(mount.id));
+        }
+        self.close();
+    }
+
     /// Ends the table: nothing is mounted any more, and nothing will be.
     pub(crate) fn close(&self) {
+        self.manager.close();
         self.keeper.withdraw(EVENTS);
     }
 
-    fn fuse(&self, plan: &Plan<'_>, opened: Opened) -> anyhow::Result<(u64, Serving)> {
+    /// * `opened`: the image on `/`, if there is one already.
+    fn fuse(&self, plan: &Plan<'_>, opened: Option<Opened>) -> anyhow::Result<(u64, Serving)> {
         let device = Session::open_device()?;
-        let bootstrap = File::open(&plan.source.bootstrap)?;
         let mut saved = Saved::new(plan.id, Driver::Fuse, plan.source, plan.mountpoint);
         saved.threads = plan.threads;
         let save = |saved: &Saved| {
-            let files = [bootstrap.as_fd(), device.as_fd()];
-            self.keeper
-                .deposit(&saved::name(plan.id), saved.note()?, &files)
+            let name = saved::name(plan.id);
+            self.keeper.deposit(&name, saved.note()?, &[device.as_fd()])
         };
         save(&saved)?;
-        let files = opened.into_files(plan.source)?;
+        if let (Some(source), Some(opened)) = (plan.source, opened) {
+            self.manager.begin(source, opened)?;
+        }
         let session = Session::mount(plan.mountpoint, device.try_clone()?)?;
         let session = Arc::new(session);
         let served = self
-            .serve_fuse(plan.id, &session, files, plan.threads)
+            .serve_fuse(plan.id, &session, plan.threads)
             .and_then(|()| session.wait_until_served())
             .and_then(|number| {
                 saved.phase = Phase::Served;
@@ -240,20 +296,20 @@ impl Mounts {
     }
 
     /// Starts the threads.
-    fn serve_fuse(
-        &self,
-        id: u64,
-        session: &Arc<Session>,
-        files: RafsFs,
-        threads: u16,
-    ) -> anyhow::Result<()> {
-        let workers = Workers::start(session, &Arc::new(files), threads)?;
+    fn serve_fuse(&self, id: u64, session: &Arc<Session>, threads: u16) -> anyhow::Result<()> {
+        let workers = Workers::start(session, self.manager.vfs(), threads)?;
+        self.manager.attach(session);
         self.spawn(id, move || workers.join())
     }
 
-    fn erofs(&self, plan: &Plan<'_>, opened: &Opened) -> anyhow::Result<(u64, Serving)> {
+    fn erofs(
+        &self,
+        plan: &Plan<'_>,
+        source: &Source,
+        opened: &Opened,
+    ) -> anyhow::Result<(u64, Serving)> {
         let watch = self.watch()?;
-        let place = Place::new(opened.cache.path(), &plan.source.bootstrap, plan.mountpoint)?;
+        let place = Place::new(opened.cache.path(), &source.bootstrap, plan.mountpoint)?;
         let blobs = &opened.blobs;
         if let Err(error) = watch.add(blobs) {
             watch.remove(blobs);
@@ -269,7 +325,7 @@ impl Mounts {
         saved.device = mount.device();
         self.save_erofs(&saved, mount.place(), blobs, Some(mount.end()))
             .inspect_err(|_| detach(plan.mountpoint))?;
-        self.serve_erofs(plan.id, mount, opened.prefetch(plan.source))
+        self.serve_erofs(plan.id, mount)
     }
 
     /// Leaves everything that keeps the mount answered: the lock of its directory, and
@@ -295,17 +351,12 @@ impl Mounts {
             .deposit(&saved::name(saved.id), saved.note()?, &files)
     }
 
-    fn serve_erofs(
-        &self,
-        id: u64,
-        mount: ErofsMount,
-        prefetch: Option<Prefetch>,
-    ) -> anyhow::Result<(u64, Serving)> {
+    fn serve_erofs(&self, id: u64, mount: ErofsMount) -> anyhow::Result<(u64, Serving)> {
         let mount = Arc::new(mount);
         let device = mount.device();
         let watched = Arc::clone(&mount);
         self.spawn(id, move || while !watched.wait_for_end(u16::MAX) {})?;
-        Ok((device, Serving::Erofs { mount, prefetch }))
+        Ok((device, Serving::Erofs(mount)))
     }
 
     fn watch(&self) -> anyhow::Result<Arc<Watch>> {
@@ -338,28 +389,40 @@ impl Mounts {
     /// Goes on serving what a predecessor has mounted.
     ///
     /// * `inherited`: what it has left with the keeper;
-    /// * `source`: finds the parts of an image again, given its saved state.
+    /// * `source`: finds the parts of an image again, given how it came into the mount
+    ///   and where its bootstrap was.
     ///
     /// # Errors
     /// When a mount cannot be served. It stays with the keeper, for the next worker.
     pub(crate) fn recover(
         &self,
         inherited: Inherited,
-        source: impl Fn(&Saved) -> anyhow::Result<Source>,
+        source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
     ) -> anyhow::Result<()> {
         if let Some((watch, _)) = &inherited.events {
             *lock(&self.watch) = Some(Arc::clone(watch));
         }
+        let mut served = Vec::new();
         for (name, deposit) in inherited.mounts {
             let saved = Saved::parse(&deposit.note)?;
-            let point = saved.mountpoint.display().to_string();
-            if saved.phase == Phase::Mounting {
-                tracing::warn!("{point}: its worker died while it mounted; taking it down");
-                detach_if(&saved);
-                self.keeper.withdraw(&name);
+            if saved.phase == Phase::Served {
+                served.push((saved, deposit));
                 continue;
             }
-            self.recover_one(&saved, deposit, &source)
+            let point = saved.mountpoint.display();
+            tracing::warn!("{point}: its worker died while it mounted; taking it down");
+            detach_if(&saved);
+            for (image, _) in &inherited.images {
+                self.keeper.withdraw(image);
+            }
+            self.keeper.withdraw(&name);
+        }
+        if served.iter().any(|(saved, _)| saved.driver == Driver::Fuse) {
+            self.manager.recover(inherited.images, source)?;
+        }
+        for (saved, deposit) in served {
+            let point = saved.mountpoint.display();
+            self.recover_one(&saved, deposit, source)
                 .with_context(|| format!("cannot go on serving {point}"))?;
             tracing::info!("{point} is served again");
         }
@@ -373,64 +436,72 @@ impl Mounts {
         &self,
         saved: &Saved,
         deposit: Deposit,
-        source: impl Fn(&Saved) -> anyhow::Result<Source>,
+        source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
     ) -> anyhow::Result<()> {
         let mut files = deposit.files.into_iter().map(File::from);
         let mut next = || files.next().context("a descriptor is missing");
-        let bootstrap = next()?;
-        let mut source = source(saved)?;
-        // The very file, whatever is in its place by now.
-        source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
-        source.name.clone_from(&saved.image);
-        // The list began with a predecessor, and would begin anew.
-        source.record = None;
-        let opened = open(&source)?;
-        let plan = Plan {
-            id: saved.id,
-            source: &source,
-            mountpoint: &saved.mountpoint,
-            threads: saved.threads,
-        };
-        let (device, serving) = match saved.driver {
+        let serving = match saved.driver {
             Driver::Fuse => {
                 let session = Arc::new(Session::adopt(&saved.mountpoint, next()?));
-                let files = opened.into_files(&source)?;
-                self.serve_fuse(saved.id, &session, files, saved.threads)?;
+                self.serve_fuse(saved.id, &session, saved.threads)?;
                 if let Err(error) = session.resend() {
                     tracing::error!("requests in flight wait for ever: {error}");
                 }
-                (saved.device, Serving::Fuse)
+                self.manager.forget_all();
+                Serving::Fuse
             }
-            Driver::Erofs => {
-                let lock = next()?;
-                let end = EndWatch::adopt(next()?.into());
-                for blob in &opened.blobs {
-                    let file = blob.cache_file().context("a cache file is missing")?;
-                    // Another file would be filled, and the mounted one read.
-                    ensure!(
-                        FileId::of(file)? == FileId::of(&next()?)?,
-                        "the cache file of blob {} was replaced",
-                        blob.info().id
-                    );
-                }
-                let watch = lock_watch(&self.watch)?;
-                watch.add(&opened.blobs)?;
-                let prefetch = opened.prefetch(&source);
-                let dir = saved.place.clone().context("no directory was saved")?;
-                let place = Place::adopt(dir, saved.bootstrap.clone(), lock);
-                let mount = ErofsMount::adopt(
-                    place,
-                    opened.blobs,
-                    &watch,
-                    &saved.mountpoint,
-                    saved.device,
-                    end,
-                );
-                self.serve_erofs(saved.id, mount, prefetch)?
-            }
+            Driver::Erofs => self.recover_erofs(saved, &mut next, source)?,
         };
-        self.enter(&plan, saved.driver, device, serving);
+        let mount = Mount {
+            id: saved.id,
+            driver: saved.driver,
+            image: saved.image.clone(),
+            mountpoint: saved.mountpoint.clone(),
+            device: saved.device,
+            serving,
+        };
+        lock(&self.mounts).push(Arc::new(mount));
         Ok(())
+    }
+
+    fn recover_erofs(
+        &self,
+        saved: &Saved,
+        next: &mut dyn FnMut() -> anyhow::Result<File>,
+        source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
+    ) -> anyhow::Result<Serving> {
+        let bootstrap = next()?;
+        let mut source = source(&Origin::CommandLine, saved.bootstrap.clone())?;
+        // The very file, whatever is in its place by now.
+        source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
+        source.name.clone_from(&saved.image);
+        let opened = open(&source)?;
+        let lock = next()?;
+        let end = EndWatch::adopt(next()?.into());
+        for blob in &opened.blobs {
+            let file = blob.cache_file().context("a cache file is missing")?;
+            // Another file would be filled, and the mounted one read.
+            ensure!(
+                FileId::of(file)? == FileId::of(&next()?)?,
+                "the cache file of blob {} was replaced",
+                blob.info().id
+            );
+        }
+        let watch = lock_watch(&self.watch)?;
+        watch.add(&opened.blobs)?;
+        let dir = saved.place.clone().context("no directory was saved")?;
+        let place = Place::adopt(dir, saved.bootstrap.clone(), lock);
+        let mount = ErofsMount::adopt(
+            place,
+            opened.blobs.clone(),
+            &watch,
+            &saved.mountpoint,
+            saved.device,
+            end,
+        );
+        let (_, serving) = self.serve_erofs(saved.id, mount)?;
+        self.manager.note(&source, opened)?;
+        Ok(serving)
     }
 }
 
@@ -444,6 +515,10 @@ pub(crate) struct Inherited {
     /// Its event group, and the events that it had not answered.
     events: Option<(Arc<Watch>, Inheritance)>,
     mounts: Vec<(String, Deposit)>,
+    /// Of the [`manager`](crate::manager).
+    images: Vec<(String, Deposit)>,
+    /// Of the [`api`].
+    control: Vec<(String, Deposit)>,
 }
 
 impl Inherited {
@@ -492,10 +567,29 @@ impl Inherited {
                 let events = Inheritance::occupy(&journal, slots, least)?;
                 inherited.events = Some((Watch::with(group, journal), events));
             } else {
-                inherited.mounts.push((name.clone(), copy));
+                inherited.sort_in(name, copy)?;
             }
         }
         Ok(inherited)
+    }
+
+    fn sort_in(&mut self, name: &str, deposit: Deposit) -> anyhow::Result<()> {
+        let list = if name.starts_with(MOUNT) {
+            &mut self.mounts
+        } else if name == images::TABLE || name.starts_with(images::IMAGE) {
+            &mut self.images
+        } else if name == api::SOCKET || name.starts_with(api::SILENT) {
+            &mut self.control
+        } else {
+            bail!("a predecessor has left `{name}`, which this program does not know");
+        };
+        list.push((name.to_owned(), deposit));
+        Ok(())
+    }
+
+    /// What the control API of a predecessor has left.
+    pub(crate) fn take_control(&mut self) -> Vec<(String, Deposit)> {
+        std::mem::take(&mut self.control)
     }
 }
 

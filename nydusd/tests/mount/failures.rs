@@ -115,9 +115,9 @@ fn bad_configurations() {
         &["--writable", "not supported"],
     );
     fails(
-        &["-M", mnt_text, "--apisock", "x"],
+        &["-M", mnt_text, "--apisock", boot],
         &mnt,
-        &["--apisock", "control API"],
+        &["--apisock", "something else than a socket"],
     );
     fails(
         &["singleton", "--fscache", "x"],

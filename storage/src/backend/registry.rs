@@ -161,6 +161,13 @@ impl Backend for RegistryBackend {
         bridge::answer(self.runtime()?, async move { client.size(&id).await })
             .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(blob)))
     }
+
+    fn renew_login(&self, user: &str, password: &str) -> Result<(), BackendError> {
+        self.set_credentials(Credentials::Basic {
+            username: user.to_owned(),
+            password: password.to_owned(),
+        })
+    }
 }
 
 impl Client {

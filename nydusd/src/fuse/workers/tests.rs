@@ -56,7 +56,8 @@ impl Residency for Stalled {
         *self.open.lock().unwrap()
     }
 
-    fn make_resident(&self, node: u64, _offset: u64, _size: u32) -> io::Result<()> {
+    fn make_resident(&self, read: &Wanted) -> io::Result<()> {
+        let node = read.node;
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut open = self.open.lock().unwrap();
         while !*open {
