@@ -15,6 +15,7 @@
 //! - [`kills`]: any one process of a daemon can die at any moment
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
+//! - [`read_only`]: every way to read and to write
 //! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
 
@@ -40,6 +41,7 @@ mod kills;
 mod lifecycle;
 mod merge;
 mod prefetch;
+mod read_only;
 mod reuse;
 mod scene;
 mod soak;
