@@ -9,6 +9,7 @@
 //!
 //! * [`process`]: what the keeper does;
 //! * [`channel`]: how the two talk, [`text`]: what is too long for that;
+//! * [`store`]: a third holder, where there is one;
 //! * `docs/crash-safety.md`: what each death costs, with the test that proves it.
 //!
 //! The process that a user starts becomes the keeper; it lives as long as anything is
@@ -16,6 +17,7 @@
 
 pub(crate) mod channel;
 pub(crate) mod process;
+mod store;
 pub(crate) mod text;
 
 use std::collections::BTreeMap;

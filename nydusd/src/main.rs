@@ -74,6 +74,8 @@ fn main() -> ExitCode {
 /// Life as a keeper: of the process that a user started, or, with `successor`, of one
 /// that a worker has started. The first argument after the name is its id then.
 fn keep(mut arguments: Vec<OsString>, successor: bool) -> anyhow::Result<u8> {
+    // Before anything is opened.
+    let stored = process::restore();
     let name = arguments.remove(0);
     let options = if successor { 1 } else { 0 };
     let line = arguments.iter().skip(options).cloned();
@@ -92,7 +94,7 @@ fn keep(mut arguments: Vec<OsString>, successor: bool) -> anyhow::Result<u8> {
     if successor {
         process::take_over(arguments)
     } else {
-        process::run(arguments)
+        process::run(arguments, stored)
     }
 }
 

@@ -15,6 +15,8 @@ use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::mount::{Nydusd, is_mounted, unmount};
+use support::notify::ServiceManager;
+use support::process::Process;
 use support::tree::nasty;
 use support::tree::{Detail, describe, difference};
 
@@ -308,6 +310,83 @@ fn fuse_fails_closed_when_everybody_dies() {
     assert!(is_mounted(daemon.point()));
 }
 
+/// Unmounts when the test is over, however it ends.
+struct Detach(PathBuf);
+
+impl Drop for Detach {
+    fn drop(&mut self) {
+        // Not there any more when all went well.
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// With the service manager as a third holder readers wait for the next start.
+#[test]
+fn a_third_holder_outlives_keeper_and_worker() {
+    for driver in DRIVERS {
+        let scene = Scene::new();
+        let source = scene.small_tree();
+        let build = scene.create("image", &["--chunk-size", "0x10000"], &source);
+        let mut manager = ServiceManager::new(&scene.path("notify")).unwrap();
+        let point = scene.new_point();
+        let mut command = scene.mount_command(build.bootstrap.to_str().unwrap(), &point);
+        command.args(["--driver", driver, "--localfs-dir"]);
+        command.arg(&build.blob_dir);
+        let _detach = Detach(point.clone());
+        let log = point.with_extension("log");
+        let mut first = Process::start(&mut manager.service(&command), &log).unwrap();
+        wait_until(|| {
+            manager.listen().unwrap();
+            assert!(first.ended().unwrap().is_none(), "{}", first.log());
+            manager.notices().iter().any(|notice| notice == "READY=1")
+        });
+        first.kill_group().unwrap();
+        manager.listen().unwrap();
+        assert!(manager.names().contains(&"mount-1.note"), "{driver}");
+        let path = point.join("first");
+        let reader = thread::spawn(move || fs::read(path));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!reader.is_finished(), "{driver}: somebody answered");
+
+        let log = point.with_extension("second.log");
+        let mut second = Process::start(&mut manager.service(&command), &log).unwrap();
+        second
+            .wait_until(|process| process.log().contains("is served again"))
+            .unwrap();
+        let bytes = reader.join().unwrap().unwrap();
+        assert!(bytes == fs::read(source.join("first")).unwrap(), "{driver}");
+        assert_same_tree(&source, &point);
+        second.signal(Signal::SIGTERM).unwrap();
+        assert!(second.wait().unwrap().success(), "{}", second.log());
+        assert!(!is_mounted(&point), "{driver}");
+        manager.listen().unwrap();
+        assert!(manager.names().is_empty(), "{:?}", manager.names());
+    }
+}
+
+/// A notify socket that was meant for the program that started us is left alone.
+#[test]
+fn the_service_manager_of_somebody_else_is_told_nothing() {
+    let scene = Scene::new();
+    let build = scene.create("image", &[], &scene.small_tree());
+    let mut manager = ServiceManager::new(&scene.path("notify")).unwrap();
+    let point = scene.new_point();
+    let mut command = scene.mount_command(build.bootstrap.to_str().unwrap(), &point);
+    command.env("NOTIFY_SOCKET", scene.path("notify"));
+    command.env("SYSTEMD_EXEC_PID", "1");
+    command.arg("--localfs-dir").arg(&build.blob_dir);
+    let daemon = scene.start(&mut command, &point);
+    signal(daemon.process_id(), Signal::SIGKILL);
+    let log = || fs::read_to_string(point.with_extension("log")).unwrap();
+    wait_until(|| log().contains("keeper is process"));
+    let keeper = daemon.next_keeper().unwrap();
+    unmount(&point).unwrap();
+    wait_until(|| !is_running(keeper));
+    manager.listen().unwrap();
+    assert_eq!(manager.notices(), [] as [&str; 0]);
+    assert!(manager.names().is_empty());
+}
+
 /// Killed while it mounts: the next worker mounts from scratch, or nothing is left.
 #[test]
 fn a_death_while_mounting_leaves_no_half_of_a_mount() {
@@ -322,7 +401,7 @@ fn a_death_while_mounting_leaves_no_half_of_a_mount() {
             command.args(["--driver", driver, "--localfs-dir"]);
             command.arg(&build.blob_dir);
             let log = point.with_extension("log");
-            let mut process = support::process::Process::start(&mut command, &log).unwrap();
+            let mut process = Process::start(&mut command, &log).unwrap();
             wait_until(|| process.log().contains("worker is process "));
             thread::sleep(Duration::from_millis(delay * 5));
             let text = process.log();

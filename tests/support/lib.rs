@@ -5,6 +5,7 @@
 //! - [`command`], [`process`]: run a program to its end, or keep one running
 //! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
 //! - [`api`]: a client of the control socket
+//! - [`notify`]: a stand-in for the service manager
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
 //! - [`nginx`], [`object_store`]: a real web server, and a real S3-compatible one
 //! - [`proxy`], [`proxy::chaos`]: an HTTP proxy that misbehaves as told, or by chance
@@ -29,6 +30,7 @@ pub mod image;
 pub mod matrix;
 pub mod mount;
 pub mod nginx;
+pub mod notify;
 pub mod object_store;
 pub mod process;
 pub mod proxy;

@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::channel::{Channel, Message};
+use super::store::{self, Store, Stored};
 use super::{Receiver, WORKER, send_deposit};
 use crate::mounts::saved::MOUNT;
 
@@ -45,6 +46,8 @@ struct Worker {
 struct Keeper {
     arguments: Vec<OsString>,
     held: Receiver,
+    /// Who holds it, too, if somebody does.
+    store: Option<Store>,
     signals: UnixStream,
     /// Whether a signal came that no worker has been told of. One kind of end is
     /// enough, so it is not remembered which it was.
@@ -57,13 +60,31 @@ struct Keeper {
 /// Starts a worker with `arguments`, and keeps for it until nothing is mounted any
 /// more. Returns the exit code.
 ///
+/// * `stored`: what an earlier life has left with the service manager ([`restore`]).
+///
 /// # Errors
 /// When the system refuses what a keeper needs, or the first worker cannot be started.
-pub(crate) fn run(arguments: Vec<OsString>) -> anyhow::Result<u8> {
+pub(crate) fn run(arguments: Vec<OsString>, stored: Stored) -> anyhow::Result<u8> {
     let mut keeper = Keeper::new(arguments)?;
+    keeper.store = Store::of_this_service();
+    if let Some(store) = &mut keeper.store {
+        store.adopt(&stored);
+    }
+    if !stored.deposits.is_empty() {
+        tracing::warn!(
+            "keeper and worker have died at once; going on with what the service manager kept"
+        );
+        keeper.held.deposits = stored.deposits;
+    }
     let worker = keeper.start()?;
     keeper.score = lower_score();
     keeper.keep(worker)
+}
+
+/// What an earlier life of this service has left with the service manager. Call once,
+/// before any descriptor is opened.
+pub(crate) fn restore() -> Stored {
+    store::restore()
 }
 
 /// Keeps for a worker that has lost its keeper, and started this process.
@@ -84,6 +105,12 @@ pub(crate) fn take_over(mut arguments: Vec<OsString>) -> anyhow::Result<u8> {
         served: true,
     };
     let mut keeper = Keeper::new(arguments)?;
+    // All of what follows is stored again by the worker's deposits.
+    keeper.store = Store::inherited();
+    if let Some(store) = &keeper.store {
+        // Otherwise the service would end with its first keeper.
+        store.tell(&format!("MAINPID={}", std::process::id()));
+    }
     keeper.score = lower_score();
     keeper.keep(worker)
 }
@@ -148,6 +175,7 @@ impl Keeper {
         Ok(Self {
             arguments,
             held: Receiver::default(),
+            store: None,
             signals,
             pending: false,
             score: None,
@@ -159,6 +187,10 @@ impl Keeper {
     fn start(&self) -> anyhow::Result<Worker> {
         let (ours, theirs) = Channel::pair()?;
         let mut command = program(&theirs, WORKER)?;
+        if self.store.is_none() {
+            // It is meant for somebody else; see `Store::of_this_service`.
+            command.env_remove(store::SOCKET);
+        }
         let child = command
             .args(&self.arguments)
             .spawn()
@@ -196,6 +228,9 @@ impl Keeper {
                 .keys()
                 .any(|name| name.starts_with(MOUNT))
             {
+                if let Some(store) = &mut self.store {
+                    store.clear();
+                }
                 return Ok(code.unwrap_or(0));
             }
             tracing::error!("the worker has died{}; starting another one", worker.how());
@@ -257,12 +292,28 @@ impl Keeper {
         match worker.channel.receive() {
             Ok(None) => return false,
             Ok(Some((message, files))) => match message {
-                Message::Deposit { name, note, more } => self.held.part(name, note, more, files),
+                Message::Deposit { name, note, more } => {
+                    self.held.part(name.clone(), note, more, files);
+                    if let (Some(store), Some(deposit)) =
+                        (&mut self.store, self.held.deposits.get(&name))
+                        && !more
+                    {
+                        store.put(&name, deposit);
+                    }
+                }
                 Message::Withdraw { name } => {
                     self.held.deposits.remove(&name);
+                    if let Some(store) = &mut self.store {
+                        store.remove(&name);
+                    }
                 }
                 Message::Ready => worker.ready = true,
-                Message::Serving => worker.served = true,
+                Message::Serving => {
+                    worker.served = true;
+                    if let Some(store) = &self.store {
+                        store.tell("READY=1");
+                    }
+                }
                 Message::Complete => {}
             },
             Err(error) => tracing::error!("a message of the worker is lost: {error}"),
