@@ -205,7 +205,7 @@ fn control(
     api: Api,
     keeper: &Arc<Holder>,
 ) -> anyhow::Result<Server> {
-    let control = match api::Control::recover(path, left, keeper)? {
+    let control = match api::Control::recover(path, left)? {
         Some(control) => control,
         None => api::Control::new(path, keeper)?,
     };

@@ -350,13 +350,18 @@ fn a_third_holder_outlives_keeper_and_worker() {
 
         let log = point.with_extension("second.log");
         let mut second = Process::start(&mut manager.service(&command), &log).unwrap();
-        second
-            .wait_until(|process| process.log().contains("is served again"))
-            .unwrap();
+        wait_until(|| {
+            manager.listen().unwrap();
+            second.log().contains("is served again")
+        });
         let bytes = reader.join().unwrap().unwrap();
         assert!(bytes == fs::read(source.join("first")).unwrap(), "{driver}");
         assert_same_tree(&source, &point);
         second.signal(Signal::SIGTERM).unwrap();
+        wait_until(|| {
+            manager.listen().unwrap();
+            second.ended().unwrap().is_some()
+        });
         assert!(second.wait().unwrap().success(), "{}", second.log());
         assert!(!is_mounted(&point), "{driver}");
         manager.listen().unwrap();

@@ -76,7 +76,8 @@ impl Drop for Server {
 pub(crate) struct Control {
     listener: UnixListener,
     file: SocketFile,
-    silent: Vec<UnixStream>,
+    /// Silent connections, by the names of their deposits.
+    silent: Vec<(String, UnixStream)>,
 }
 
 impl Control {
@@ -104,7 +105,6 @@ impl Control {
     pub(crate) fn recover(
         path: &Path,
         left: Vec<(String, Deposit)>,
-        keeper: &Keeper,
     ) -> anyhow::Result<Option<Self>> {
         let mut socket = None;
         let mut silent = Vec::new();
@@ -113,9 +113,7 @@ impl Control {
             if name == SOCKET {
                 socket = Some((UnixListener::from(file), deposit.note));
             } else {
-                // It gets another name when it has been silent again.
-                keeper.withdraw(&name);
-                silent.push(UnixStream::from(file));
+                silent.push((name, UnixStream::from(file)));
             }
         }
         let Some((listener, note)) = socket else {
@@ -185,7 +183,7 @@ struct Clients {
     next: AtomicU64,
 }
 
-async fn serve(listener: UnixListener, silent: Vec<UnixStream>, clients: Arc<Clients>) {
+async fn serve(listener: UnixListener, silent: Vec<(String, UnixStream)>, clients: Arc<Clients>) {
     let listener = match tokio::net::UnixListener::from_std(listener) {
         Ok(listener) => listener,
         Err(err) => {
@@ -194,11 +192,13 @@ async fn serve(listener: UnixListener, silent: Vec<UnixStream>, clients: Arc<Cli
         }
     };
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    for stream in silent {
+    for (name, stream) in silent {
         if let Ok(stream) = tokio::net::UnixStream::from_std(stream)
             && let Ok(permit) = Arc::clone(&room).try_acquire_owned()
         {
-            tokio::spawn(Arc::clone(&clients).attend(stream, permit));
+            tokio::spawn(Arc::clone(&clients).attend(stream, permit, Some(name)));
+        } else {
+            clients.keeper.withdraw(&name);
         }
     }
     loop {
@@ -208,7 +208,7 @@ async fn serve(listener: UnixListener, silent: Vec<UnixStream>, clients: Arc<Cli
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(Arc::clone(&clients).attend(stream, permit));
+                tokio::spawn(Arc::clone(&clients).attend(stream, permit, None));
             }
             Err(err) => {
                 tracing::warn!("control API: cannot accept a connection: {err}");
@@ -220,8 +220,19 @@ async fn serve(listener: UnixListener, silent: Vec<UnixStream>, clients: Arc<Cli
 
 impl Clients {
     /// Serves one connection until its end.
-    async fn attend(self: Arc<Self>, stream: tokio::net::UnixStream, _room: OwnedSemaphorePermit) {
-        if let Err(err) = self.wait_for_words(&stream).await {
+    ///
+    /// * `deposit`: the name of its deposit, if it has one.
+    async fn attend(
+        self: Arc<Self>,
+        stream: tokio::net::UnixStream,
+        _room: OwnedSemaphorePermit,
+        deposit: Option<String>,
+    ) {
+        let waited = match deposit {
+            Some(name) => self.wait_as(&name, &stream).await,
+            None => self.wait_for_words(&stream).await,
+        };
+        if let Err(err) = waited {
             tracing::debug!("control API: {err:#}");
         }
         let service = service_fn(|request| handle(&self.api, request));
@@ -249,9 +260,14 @@ impl Clients {
         let name = format!("{SILENT}{}-{number}", std::process::id());
         self.keeper
             .deposit(&name, String::new(), &[stream.as_fd()])?;
+        self.wait_as(&name, stream).await
+    }
+
+    /// Waits until something was said on a connection that is a deposit.
+    async fn wait_as(&self, name: &str, stream: &tokio::net::UnixStream) -> anyhow::Result<()> {
         let ready = stream.readable().await;
         // Before anything is read of it: a successor must not find half a request.
-        self.keeper.withdraw(&name);
+        self.keeper.withdraw(name);
         Ok(ready?)
     }
 }

@@ -7,13 +7,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context as _, bail, ensure};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::{major, minor};
+use nix::sys::stat::{major, makedev, minor};
+
+use crate::mountinfo;
 
 /// Largest data of one request or reply, in bytes: 256 pages, the kernel's limit.
 pub(crate) const MAX_DATA: usize = 1 << 20;
@@ -29,6 +31,7 @@ const READ_AHEAD_KIB: u32 = 1024;
 pub(crate) struct Session {
     mountpoint: PathBuf,
     device: File,
+    begun: OnceLock<()>,
 }
 
 impl Session {
@@ -61,7 +64,11 @@ impl Session {
             anyhow::Error::new(errno)
                 .context(format!("cannot mount on {}{hint}", mountpoint.display()))
         })?;
-        Ok(Self { mountpoint, device })
+        Ok(Self {
+            mountpoint,
+            device,
+            begun: OnceLock::new(),
+        })
     }
 
     /// Opens the way to the kernel, for a mount that is still to be made.
@@ -81,6 +88,7 @@ impl Session {
         Self {
             mountpoint: mountpoint.to_owned(),
             device,
+            begun: OnceLock::new(),
         }
     }
 
@@ -111,12 +119,22 @@ impl Session {
     /// device number of the file system.
     ///
     /// # Errors
-    /// When the first request fails: nothing would work.
+    /// When somebody has unmounted it already.
     pub(crate) fn wait_until_served(&self) -> anyhow::Result<u64> {
-        let root = std::fs::symlink_metadata(&self.mountpoint)
-            .with_context(|| format!("{}: first request failed", self.mountpoint.display()))?;
-        set_read_ahead(root.dev());
-        Ok(root.dev())
+        // Not by a request of our own: killed while it waits for itself, this process
+        // would never be seen to end.
+        self.begun.wait();
+        let entry = mountinfo::at(&self.mountpoint)
+            .with_context(|| format!("{} is not mounted any more", self.mountpoint.display()))?;
+        let device = makedev(entry.device.0.into(), entry.device.1.into());
+        set_read_ahead(device);
+        Ok(device)
+    }
+
+    /// The first request was answered, or never will be.
+    pub(crate) fn begin(&self) {
+        // Usually not for the first time.
+        let _ = self.begun.set(());
     }
 }
 

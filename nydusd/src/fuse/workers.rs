@@ -177,8 +177,10 @@ where
                 self.hand_over(message.to_vec());
             } else {
                 self.answer(message, &mut reply);
+                self.session.begin();
             }
         }
+        self.session.begin();
         self.lock().closed = true;
         self.work.notify_all();
     }

@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
@@ -24,6 +25,9 @@ use crate::api::SILENT;
 
 /// First descriptor that a service manager passes on.
 const FIRST: RawFd = 3;
+/// How long the keeper waits for the service manager to take a message: its queue is
+/// short.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// Last part of the name of a note.
 const NOTE: &str = "note";
 
@@ -72,6 +76,7 @@ impl Store {
         };
         let opened = address.map_err(anyhow::Error::from).and_then(|address| {
             let socket = UnixDatagram::unbound()?;
+            socket.set_write_timeout(Some(PATIENCE))?;
             Ok((socket, address))
         });
         match opened {
@@ -167,8 +172,7 @@ impl Store {
             &rights[..]
         };
         let parts = [std::io::IoSlice::new(words.as_bytes())];
-        // The keeper waits for nobody.
-        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let flags = MsgFlags::MSG_NOSIGNAL;
         let socket = self.socket.as_raw_fd();
         sendmsg(socket, &parts, control, flags, Some(&self.address))?;
         Ok(())
