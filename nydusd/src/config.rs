@@ -27,6 +27,7 @@ use storage::backend::registry::{ClientCertificate, Mirror, Scheme};
 use node::{Node, Table};
 use section::Section;
 use storage::cache::Limits;
+use storage::gate;
 
 /// Larger files are refused before they are parsed, in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
@@ -41,6 +42,8 @@ pub(crate) struct Config {
     pub id: String,
     /// Where blobs come from.
     pub backend: Backend,
+    /// What their server is asked for at a time, if anything was chosen.
+    pub limits: Option<gate::Limits>,
     /// The chunk cache.
     pub cache: Cache,
     /// Background fetching, if wanted.

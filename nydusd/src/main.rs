@@ -18,6 +18,7 @@ mod mounts;
 mod prefetch;
 mod pull;
 mod record;
+mod shared;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -80,7 +81,7 @@ fn run(global: &Global, task: Task) -> anyhow::Result<()> {
         }
     };
     let what = source.name.clone();
-    let files = mounts::open(source)?;
+    let files = mounts::open(source, &shared::Shared::new(global.slow_read()))?;
     daemon::serve(files, &what, &mountpoint, threads, stop, started)
 }
 

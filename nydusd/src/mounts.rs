@@ -18,8 +18,9 @@ use storage::backend::local::LocalBackend;
 use storage::backend::object::ObjectBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
-use storage::budget::Budget;
 use storage::cache::{CacheDir, CacheError, Limits, Settings};
+use storage::gate;
+use storage::metrics::Metrics;
 use storage::oci::credentials::DockerConfig;
 use storage::oci::{Access, RegistryRef};
 
@@ -29,6 +30,7 @@ use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
 use crate::prefetch::{self, Wish};
 use crate::record::Recorder;
+use crate::shared::Shared;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
@@ -45,6 +47,10 @@ pub(crate) struct Source {
     pub bootstrap: PathBuf,
     /// Where its blobs come from.
     pub backend: Arc<dyn Backend>,
+    /// What their server is asked for at a time; `None` leaves it as it is.
+    pub limits: Option<gate::Limits>,
+    /// Where the back end counts, and the cache will.
+    pub metrics: Arc<Metrics>,
     /// The chunk cache.
     pub cache: config::Cache,
     /// What to fetch before it is read.
@@ -65,6 +71,8 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
+            limits: None,
+            metrics: Arc::default(),
             cache: config::Cache::in_dir(cache),
             prefetch: Wish::default(),
             record: None,
@@ -73,10 +81,13 @@ impl Source {
 
     /// An image whose blobs come from where a configuration says.
     pub(crate) fn configured(bootstrap: PathBuf, config: &Config) -> anyhow::Result<Self> {
+        let metrics = Arc::default();
         Ok(Self {
             name: bootstrap.display().to_string(),
             bootstrap,
-            backend: backend(&config.backend)?,
+            backend: backend(&config.backend, &metrics)?,
+            limits: config.limits,
+            metrics,
             cache: config.cache.clone(),
             prefetch: match &config.prefetch {
                 Some(prefetch) => Wish::configured(prefetch),
@@ -108,17 +119,23 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
 }
 
 /// The back end that a configuration describes.
-fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
+fn backend(config: &config::Backend, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<dyn Backend>> {
+    let count = Arc::clone(metrics);
     match config {
         config::Backend::LocalFs(dirs) => Ok(Arc::new(LocalBackend::new(dirs.clone()))),
         config::Backend::BlobFile(file) => Ok(Arc::new(FileBackend::open(file)?)),
-        config::Backend::Registry(registry) => self::registry(registry),
-        config::Backend::HttpProxy(server) => Ok(Arc::new(HttpProxyBackend::new(server.clone())?)),
-        config::Backend::Object(bucket) => Ok(Arc::new(ObjectBackend::new(bucket)?)),
+        config::Backend::Registry(registry) => self::registry(registry, count),
+        config::Backend::HttpProxy(server) => {
+            let backend = HttpProxyBackend::with_metrics(server.clone(), count)?;
+            Ok(Arc::new(backend))
+        }
+        config::Backend::Object(bucket) => {
+            Ok(Arc::new(ObjectBackend::with_metrics(bucket, count)?))
+        }
     }
 }
 
-fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
+fn registry(config: &config::Registry, metrics: Arc<Metrics>) -> anyhow::Result<Arc<dyn Backend>> {
     let mut settings = RegistryConfig::new(&config.host, &config.repo);
     settings.scheme = if config.plain_http {
         Scheme::Http
@@ -145,14 +162,18 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
     settings.mirrors.clone_from(&config.mirrors);
     settings.redirect_host.clone_from(&config.redirect_host);
     settings.redirect_scheme = config.redirect_scheme;
-    start_registry(settings)
+    start_registry(settings, metrics)
 }
 
 /// The repository of an image reference as back end.
 ///
 /// # Errors
 /// When the reference or the credentials cannot be used.
-pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
+pub(crate) fn registry_of(
+    name: &RegistryRef,
+    access: &Access,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
     let host = if name.host == "docker.io" {
         "registry-1.docker.io"
@@ -167,13 +188,17 @@ pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result
         // Helpers hand out credentials that end while an image is mounted.
         settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));
     }
-    start_registry(settings)
+    start_registry(settings, metrics)
 }
 
-fn start_registry(mut settings: RegistryConfig) -> anyhow::Result<Arc<dyn Backend>> {
+fn start_registry(
+    mut settings: RegistryConfig,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<Arc<dyn Backend>> {
     settings.headers = extra_headers();
     let at = format!("registry {}, repository {}", settings.host, settings.repo);
-    Ok(Arc::new(RegistryBackend::new(settings).context(at)?))
+    let backend = RegistryBackend::with_metrics(settings, metrics).context(at)?;
+    Ok(Arc::new(backend))
 }
 
 /// Credentials given by `IMAGE_PULL_AUTH`, if it is set.
@@ -195,13 +220,19 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
-fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
+fn open_cache(
+    cache: &config::Cache,
+    metrics: Arc<Metrics>,
+    shared: &Shared,
+) -> Result<CacheDir, CacheError> {
     let settings = Settings {
+        metrics,
         limits: Limits {
             max_bytes: cache.max_bytes,
             min_free_percent: cache.min_free_percent,
         },
-        memory: Budget::new(cache.memory),
+        memory: shared.memory(cache.memory),
+        slow_read: shared.slow_read(),
         ..Settings::default()
     };
     CacheDir::open_as(&cache.dir, settings)
@@ -209,13 +240,16 @@ fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
 
 /// Opens image and blobs.
 ///
+/// * `shared`: what all images of the process share.
+///
 /// # Errors
 /// When the bootstrap is unusable, or the cache directory is not writable.
-pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
+pub(crate) fn open(source: Source, shared: &Shared) -> anyhow::Result<RafsFs> {
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
-    let cache = open_cache(&source.cache)
+    let gate = shared.gate(&*source.backend, source.limits);
+    let cache = open_cache(&source.cache, source.metrics, shared)
         .with_context(|| format!("cache directory {}", source.cache.dir.display()))?;
     let blobs = (0u32..)
         .zip(image.blobs())
@@ -225,6 +259,9 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    if let Some(gate) = gate {
+        blobs.iter().for_each(|blob| blob.set_gate(gate.clone()));
+    }
     explore(&image, &blobs);
     follow::start(&image, &blobs);
     tracing::info!(

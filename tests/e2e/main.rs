@@ -27,6 +27,7 @@ mod bad_registry;
 mod convert;
 mod create;
 mod fixtures;
+mod hedge;
 mod help;
 mod in_place;
 mod kernel;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use storage::backend::http_proxy::{Address, HttpProxyConfig};
 use storage::backend::registry::{ClientCertificate, Mirror, RetryLimits, Scheme, Timeouts};
+use storage::gate::Limits;
 
 use super::section::Section;
 use super::{Backend, ConfigError, Login, Registry};
@@ -15,6 +16,9 @@ mod object;
 
 /// Longest time-out that makes sense, in seconds: a day.
 const MAX_SECONDS: u64 = 86_400;
+
+/// Most requests at a time that may be configured.
+const MAX_REQUESTS: u64 = 65_536;
 
 /// Every back end that there is; `localdisk` is known and not there.
 pub(super) const KINDS: &[&str] = &[
@@ -90,6 +94,28 @@ fn http_proxy(section: &mut Section<'_>) -> Result<HttpProxyConfig, ConfigError>
     (config.timeouts, config.retry) = (network.timeouts, network.retry);
     (config.ca_files, config.skip_verify) = (network.ca_files, network.skip_verify);
     Ok(config)
+}
+
+/// What the server is asked for at a time, if the settings say anything about it.
+pub(super) fn limits(section: &mut Section<'_>) -> Result<Option<Limits>, ConfigError> {
+    let usual = Limits::default();
+    let count = |count: u64, usual: usize| match count {
+        0 => usual,
+        // Never fails: it is in range.
+        count => usize::try_from(count).unwrap_or(usual),
+    };
+    let limits = Limits {
+        requests: count(
+            section.number("max_requests", 0, 0..=MAX_REQUESTS)?,
+            usual.requests,
+        ),
+        ahead: count(
+            section.number("max_background_requests", 0, 0..=MAX_REQUESTS)?,
+            usual.ahead,
+        ),
+        bandwidth: section.number("bandwidth_limit", 0, 0..=u64::MAX)?,
+    };
+    Ok((limits != usual).then_some(limits))
 }
 
 /// What all back ends behind a network have in common.

@@ -502,3 +502,21 @@ fn limits_of_the_cache() {
         assert!(error.contains("cache.filecache."), "{error}");
     }
 }
+
+#[test]
+fn limits_of_the_server() {
+    assert_eq!(Config::parse(V2).unwrap().limits, None);
+    assert_eq!(Config::parse(V1).unwrap().limits, None);
+    let keys = "timeout = 7\nmax_requests = 16\nbandwidth_limit = 1000000";
+    let set = Config::parse(&V2.replace("timeout = 7", keys)).unwrap();
+    assert_eq!(set.warnings, Vec::<String>::new());
+    let expected = gate::Limits {
+        requests: 16,
+        bandwidth: 1_000_000,
+        ..gate::Limits::default()
+    };
+    assert_eq!(set.limits, Some(expected));
+    let wrong = V2.replace("timeout = 7", "max_background_requests = -1");
+    let error = Config::parse(&wrong).unwrap_err().to_string();
+    assert!(error.contains("backend.registry.max_background"), "{error}");
+}

@@ -17,6 +17,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     let kind = section.required_text("type")?;
     let mut settings = section.required_section("config")?;
     let backend = backend::read(kind, &type_key, &mut settings)?;
+    let limits = backend::limits(&mut settings)?;
     section.close(settings);
     device.close(section);
 
@@ -43,6 +44,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     Ok(Config {
         id,
         backend,
+        limits,
         cache,
         prefetch,
         warnings: Vec::new(),

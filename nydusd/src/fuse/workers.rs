@@ -216,10 +216,18 @@ where
             let Some(read) = as_read(&message) else {
                 continue;
             };
-            match self
-                .files
-                .make_resident(read.nodeid, read.offset, read.size)
-            {
+            let span = tracing::info_span!(
+                "read",
+                req = read.unique,
+                ino = read.nodeid,
+                offset = read.offset,
+                size = read.size,
+                pid = read.pid,
+            );
+            match span.in_scope(|| {
+                self.files
+                    .make_resident(read.nodeid, read.offset, read.size)
+            }) {
                 Ok(()) => {
                     let turn = self.next_reply.fetch_add(1, Ordering::Relaxed) % REPLY_BUFFERS;
                     let Some(buffer) = self.replies.get(turn) else {
