@@ -30,6 +30,7 @@ bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/read.sh
 	misc/bench/coldstart.sh
 	misc/bench/datapath.sh
+	misc/bench/warmread.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

@@ -91,6 +91,13 @@ pub(crate) enum Backend {
     LocalFs(Vec<PathBuf>),
     /// One file, which is the only blob.
     BlobFile(PathBuf),
+    /// Partitions of a disk.
+    LocalDisk {
+        /// The disk, or an image of one.
+        path: PathBuf,
+        /// Whether it has a partition table; else it is one blob.
+        with_table: bool,
+    },
     /// An OCI registry.
     Registry(Registry),
     /// A plain HTTP server.

@@ -15,6 +15,7 @@ use storage::backend::Backend;
 use storage::backend::file::FileBackend;
 use storage::backend::http_proxy::HttpProxyBackend;
 use storage::backend::local::LocalBackend;
+use storage::backend::localdisk::LocalDiskBackend;
 use storage::backend::object::ObjectBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
@@ -124,6 +125,9 @@ fn backend(config: &config::Backend, metrics: &Arc<Metrics>) -> anyhow::Result<A
     match config {
         config::Backend::LocalFs(dirs) => Ok(Arc::new(LocalBackend::new(dirs.clone()))),
         config::Backend::BlobFile(file) => Ok(Arc::new(FileBackend::open(file)?)),
+        config::Backend::LocalDisk { path, with_table } => {
+            Ok(Arc::new(LocalDiskBackend::open(path, *with_table)?))
+        }
         config::Backend::Registry(registry) => self::registry(registry, count),
         config::Backend::HttpProxy(server) => {
             let backend = HttpProxyBackend::with_metrics(server.clone(), count)?;

@@ -8,6 +8,7 @@ mod bridge;
 pub mod file;
 pub mod http_proxy;
 pub mod local;
+pub mod localdisk;
 pub mod object;
 pub mod registry;
 

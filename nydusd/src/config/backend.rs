@@ -20,9 +20,10 @@ const MAX_SECONDS: u64 = 86_400;
 /// Most requests at a time that may be configured.
 const MAX_REQUESTS: u64 = 65_536;
 
-/// Every back end that there is; `localdisk` is known and not there.
+/// Every back end that there is.
 pub(super) const KINDS: &[&str] = &[
     "localfs",
+    "localdisk",
     "registry",
     "oss",
     "s3",
@@ -39,6 +40,7 @@ pub(super) fn read(
 ) -> Result<Backend, ConfigError> {
     match kind {
         "localfs" => local(section),
+        "localdisk" => local_disk(section),
         "registry" => registry(section).map(Backend::Registry),
         "oss" | "s3" | "azure" | "gcs" => object::read(kind, section).map(Backend::Object),
         "http-proxy" => http_proxy(section).map(Backend::HttpProxy),
@@ -46,19 +48,12 @@ pub(super) fn read(
     }
 }
 
-/// The error for a back end that is unknown, or known and not there yet.
+/// The error for a back end that is unknown.
 pub(super) fn unsupported(kind: &str, type_key: &str) -> ConfigError {
-    if kind == "localdisk" {
-        return ConfigError::Unsupported {
-            key: type_key.to_owned(),
-            feature: "the local disk back end",
-            hint: "mount the disk and use `localfs`",
-        };
-    }
     ConfigError::Wrong {
         key: type_key.to_owned(),
         value: format!("\"{}\"", kind.escape_debug()),
-        allowed: "\"localfs\", \"registry\", \"oss\", \"s3\", \"azure\", \"gcs\" or \"http-proxy\""
+        allowed: "\"localfs\", \"localdisk\", \"registry\", \"oss\", \"s3\", \"azure\", \"gcs\" or \"http-proxy\""
             .to_owned(),
     }
 }
@@ -72,6 +67,13 @@ fn local(section: &mut Section<'_>) -> Result<Backend, ConfigError> {
     let mut dirs = vec![PathBuf::from(section.required_text("dir")?)];
     dirs.extend(section.texts("alt_dirs")?.into_iter().map(PathBuf::from));
     Ok(Backend::LocalFs(dirs))
+}
+
+fn local_disk(section: &mut Section<'_>) -> Result<Backend, ConfigError> {
+    Ok(Backend::LocalDisk {
+        path: section.required_text("device_path")?.into(),
+        with_table: !section.flag("disable_gpt", false)?,
+    })
 }
 
 fn http_proxy(section: &mut Section<'_>) -> Result<HttpProxyConfig, ConfigError> {

@@ -520,3 +520,26 @@ fn limits_of_the_server() {
     let error = Config::parse(&wrong).unwrap_err().to_string();
     assert!(error.contains("backend.registry.max_background"), "{error}");
 }
+
+#[test]
+fn a_disk_with_blobs() {
+    let with = |settings: &str| {
+        let local =
+            r#""type":"localfs","localfs":{"dir":"/blobs","alt_dirs":["/more"],"readahead":true}"#;
+        LOCAL.replace(
+            local,
+            &format!(r#""type":"localdisk","localdisk":{{{settings}}}"#),
+        )
+    };
+    let read = |settings: &str| Config::parse(&with(settings)).map(|config| config.backend);
+    let expected = |with_table| Backend::LocalDisk {
+        path: "/dev/sdx".into(),
+        with_table,
+    };
+    let path = r#""device_path":"/dev/sdx""#;
+    assert_eq!(read(path).unwrap(), expected(true));
+    let whole = format!(r#"{path},"disable_gpt":true"#);
+    assert_eq!(read(&whole).unwrap(), expected(false));
+    let error = read("").unwrap_err().to_string();
+    assert!(error.contains("backend.localdisk.device_path"), "{error}");
+}

@@ -67,7 +67,6 @@ fn read_backend(
     let kind = section.required_text("type")?;
     // Settings of back ends that are not chosen are nobody's business.
     section.ignore(backend::KINDS);
-    section.ignore(&["localdisk"]);
     let key = backend::KINDS
         .iter()
         .find(|known| **known == kind)
