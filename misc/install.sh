@@ -11,6 +11,7 @@ packages=(
   docker-registry skopeo               # a real registry and an independent client for it
   apache2-utils openssl                # htpasswd, and keys for a registry's token server
   erofs-utils                          # fsck.erofs and dump.erofs judge our metadata
+  containerd runc procps               # containers that start from our images; pgrep
   cryptsetup-bin                       # veritysetup judges exported disks
   attr acl tar gzip xz-utils zstd      # the trees and archives that the tests make
   e2fsprogs fio util-linux             # benches: ext4 to compare with; loop devices, mount
