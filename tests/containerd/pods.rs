@@ -406,6 +406,8 @@ fn after_a_reboot_without_network() {
     let pod = cri.run_pod("before", &node.logs()).unwrap();
     let container = reader(&node, &mut cri, &pod, "before");
     cri.remove(&container).unwrap();
+    // containerd removes the snapshot a little later.
+    node.wait_for_daemons(0);
     let mut client = node.plugin.client().unwrap();
     let images = [r#"labels."containerd.io/snapshot/nydus-bootstrap""#];
     let parent = client.list(&images).unwrap().remove(0).name;

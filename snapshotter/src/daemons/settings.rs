@@ -204,14 +204,12 @@ fn template(path: &Path) -> Result<Map<String, Value>, Error> {
             );
         }
     }
-    for section in ["cache"] {
-        let cache = &mut template["device"][section];
-        if !cache.is_object() {
-            *cache = json!({});
-        }
-        if !cache["config"].is_object() {
-            cache["config"] = json!({});
-        }
+    let cache = &mut template["device"]["cache"];
+    if !cache.is_object() {
+        *cache = json!({});
+    }
+    if !cache["config"].is_object() {
+        cache["config"] = json!({});
     }
     Ok(template)
 }
