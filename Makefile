@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # The Rust installer puts cargo here; a shell that was open before does not know it yet.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: help install build demo test bench docs clean
+.PHONY: help install build demo test soak bench docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,9 +20,16 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
 
-bench: build ## Print build and read speed against tar, zstd and ext4 (as root)
+soak: install ## Run the long versions of randomised tests, as root; SEED=n repeats a run of readers
+	CACHE_CUTS=200 cargo test --locked --workspace --test crash
+	NYDUS_SOAK=10000 NYDUS_SOAK_SEED=$(or $(SEED),1) cargo test --locked --workspace --test e2e \
+	  readers_survive -- --nocapture
+
+bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/build.sh
 	misc/bench/read.sh
+	misc/bench/coldstart.sh
+	misc/bench/datapath.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

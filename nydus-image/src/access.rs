@@ -16,6 +16,7 @@ use storage::backend::Backend;
 use storage::backend::file::FileBackend;
 use storage::backend::http_proxy::{Address, HttpProxyBackend, HttpProxyConfig};
 use storage::backend::local::LocalBackend;
+use storage::backend::object::{Keys, Login, ObjectBackend, ObjectConfig, Store};
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme, Timeouts};
 use storage::format::tar_header;
 use storage::format::toc::{self, Tail};
@@ -117,7 +118,7 @@ pub struct BlobArgs {
     )]
     blob_dir: Option<PathBuf>,
 
-    /// Back end that has the blobs: registry or http-proxy
+    /// Back end that has the blobs: registry, s3, oss or http-proxy
     #[arg(long, value_name = "backend-type", help_heading = "Blobs")]
     backend_type: Option<String>,
 
@@ -206,6 +207,12 @@ struct Config {
     registry_token: String,
     addr: String,
     path: String,
+    endpoint: String,
+    region: String,
+    bucket_name: String,
+    object_prefix: String,
+    access_key_id: String,
+    access_key_secret: String,
     skip_verify: bool,
     ca_cert_files: Vec<PathBuf>,
     timeout: u64,
@@ -217,12 +224,14 @@ fn remote(kind: &str, config: &str) -> anyhow::Result<Arc<dyn Backend>> {
     let make: fn(Config) -> anyhow::Result<Arc<dyn Backend>> = match kind {
         "registry" => registry,
         "http-proxy" => http_proxy,
+        "s3" => s3,
+        "oss" => oss,
         "localfs" => bail!("the back end localfs is not used here; give --blob-dir"),
-        "oss" | "s3" | "localdisk" => bail!(
-            "the back end {kind} is not supported; use registry or http-proxy, or download the blobs and give --blob-dir"
-        ),
+        "localdisk" => {
+            bail!("the back end {kind} is not supported; download the blobs and give --blob-dir")
+        }
         _ => {
-            let text = format!("`{kind}` is no back end: use registry or http-proxy");
+            let text = format!("`{kind}` is no back end: use registry, s3, oss or http-proxy");
             return Err(UsageError(text).into());
         }
     };
@@ -232,6 +241,14 @@ fn remote(kind: &str, config: &str) -> anyhow::Result<Arc<dyn Backend>> {
 }
 
 impl Config {
+    fn scheme(&self) -> anyhow::Result<Scheme> {
+        match self.scheme.as_str() {
+            "" | "https" => Ok(Scheme::Https),
+            "http" => Ok(Scheme::Http),
+            other => bail!("the scheme is {other:?}; it must be http or https"),
+        }
+    }
+
     /// 0 stands for the default, which is what clients mean by it.
     fn timeouts(&self) -> Timeouts {
         let or = |seconds, default| match seconds {
@@ -249,11 +266,7 @@ impl Config {
 
 fn registry(config: Config) -> anyhow::Result<Arc<dyn Backend>> {
     let mut to = RegistryConfig::new(&config.host, &config.repo);
-    to.scheme = match config.scheme.as_str() {
-        "" | "https" => Scheme::Https,
-        "http" => Scheme::Http,
-        other => bail!("the scheme is {other:?}; it must be http or https"),
-    };
+    to.scheme = config.scheme()?;
     to.timeouts = config.timeouts();
     if config.retry_limit > 0 {
         to.retry.retries = config.retry_limit.into();
@@ -278,6 +291,37 @@ fn basic(text: &str) -> Option<Credentials> {
         username: user.to_owned(),
         password: password.to_owned(),
     })
+}
+
+fn s3(config: Config) -> anyhow::Result<Arc<dyn Backend>> {
+    if config.region.is_empty() {
+        bail!("`region` is missing");
+    }
+    let region = config.region.clone();
+    object(Store::S3 { region }, config)
+}
+
+fn oss(config: Config) -> anyhow::Result<Arc<dyn Backend>> {
+    object(Store::Oss, config)
+}
+
+fn object(store: Store, config: Config) -> anyhow::Result<Arc<dyn Backend>> {
+    let mut to = ObjectConfig::new(store, &config.endpoint, &config.bucket_name);
+    to.scheme = config.scheme()?;
+    to.timeouts = config.timeouts();
+    if config.retry_limit > 0 {
+        to.retry.retries = config.retry_limit.into();
+    }
+    to.prefix = config.object_prefix;
+    if !config.access_key_id.is_empty() {
+        to.login = Login::Keys(Keys {
+            id: config.access_key_id,
+            secret: config.access_key_secret,
+        });
+    }
+    to.ca_files = config.ca_cert_files;
+    to.skip_verify = config.skip_verify;
+    Ok(Arc::new(ObjectBackend::new(&to)?))
 }
 
 fn http_proxy(config: Config) -> anyhow::Result<Arc<dyn Backend>> {

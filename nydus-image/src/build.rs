@@ -12,18 +12,19 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rafs::merge::WhiteoutSpec;
+use rafs::merge::{WhiteoutSpec, apply};
 use rafs::tree::{Content, Tree};
 use rafs::writer::{self, WriteOptions};
 use storage::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
-use storage::{BlobInfo, Compressor, Digester};
+use storage::{BlobInfo, Compressor, Digester, original};
 
 use crate::pipeline::Engine;
 use crate::pipeline::feeder::Feeder;
 use crate::pipeline::item;
-use crate::pipeline::sequencer::{self, StoreError, Stored};
+use crate::pipeline::sequencer::{self, Owner, StoreError, Stored};
 use crate::pipeline::workers::LayerContext;
 use crate::prefetch::Prefetch;
+use crate::reuse::{Known, Traits};
 use crate::source::{Progress, Scanned, Source, SourceError};
 
 /// How a layer is built.
@@ -51,6 +52,10 @@ pub struct BuildOptions {
     pub prefetch: Prefetch,
     /// Told about bytes that were read from the source.
     pub progress: Option<Progress>,
+    /// Chunks that other images have, which are referred to and not stored again.
+    pub known: Arc<Known>,
+    /// The image that the layer is put on. The result then describes both.
+    pub parent: Option<Arc<Tree>>,
 }
 
 impl Default for BuildOptions {
@@ -66,12 +71,26 @@ impl Default for BuildOptions {
             whiteouts: WhiteoutSpec::Oci,
             prefetch: Prefetch::default(),
             progress: None,
+            known: Arc::default(),
+            parent: None,
         }
     }
 }
 
 impl BuildOptions {
-    fn blob(&self) -> BlobOptions {
+    /// What the format prescribes for layers that are used in place
+    /// ([`Source::InPlace`]).
+    #[must_use]
+    pub fn in_place(self) -> Self {
+        Self {
+            compressor: Compressor::Gzip,
+            digester: Digester::Sha256,
+            batch_size: 0,
+            ..self
+        }
+    }
+
+    fn blob(&self, original: Option<original::Kind>) -> BlobOptions {
         BlobOptions {
             compressor: self.compressor,
             digester: self.digester,
@@ -80,6 +99,18 @@ impl BuildOptions {
             inline_bootstrap: self.inline_bootstrap,
             chunk_info_v2: false,
             batch_size: self.batch_size,
+            original,
+        }
+    }
+
+    /// What the images must have in common that this build refers to.
+    #[must_use]
+    pub fn traits(&self) -> Traits {
+        Traits {
+            compressor: self.compressor,
+            digester: self.digester,
+            chunk_size: self.chunk_size,
+            owners: self.explicit_uid_gid,
         }
     }
 
@@ -100,11 +131,21 @@ impl BuildOptions {
 /// A layer that was built.
 #[derive(Debug)]
 pub struct Layer {
-    /// Its files. [`Tree::blobs`] is empty if no file has data; otherwise it holds
-    /// the blob under the id that [`FinishedBlob::id`] tells.
+    /// Its files, or those of the parent and of the layer. [`Tree::blobs`] has the
+    /// layer's own blob if a chunk was stored, and the blobs of other images that
+    /// it refers to.
     pub tree: Tree,
-    /// Its blob.
+    /// The position of its own blob in [`Tree::blobs`].
+    pub own: Option<usize>,
+    /// Its own blob.
     pub blob: FinishedBlob,
+}
+
+impl Layer {
+    /// The row of its own blob.
+    pub fn own_mut(&mut self) -> Option<&mut BlobInfo> {
+        self.tree.blobs.get_mut(self.own?)
+    }
 }
 
 /// Why a layer could not be built.
@@ -135,11 +176,16 @@ pub fn build_layer(
     options: &BuildOptions,
     out: impl Write + Send,
 ) -> Result<Layer, BuildError> {
-    let mut writer = BlobWriter::new(out, options.blob()).map_err(StoreError::Write)?;
+    let blob = options.blob(source.original());
+    let mut writer = BlobWriter::new(out, blob).map_err(StoreError::Write)?;
     let layer = Arc::new(LayerContext::new(
-        options.compressor,
+        match blob.original {
+            Some(_) => Compressor::None,
+            None => options.compressor,
+        },
         options.digester,
         item::len(options.chunk_size),
+        Arc::clone(&options.known),
     ));
     let (scanned, stored) = run(engine, source, options, &layer, &mut writer)?;
     drop(layer);
@@ -157,10 +203,11 @@ fn run<W: Write + Send>(
     // Bounded by the budget: every item in it holds a buffer.
     let (sender, done) = crossbeam_channel::unbounded();
     let stopped = Arc::new(AtomicBool::new(false));
+    let blob = options.blob(source.original());
     let mut feeder = Feeder::new(
         engine.clone(),
         Arc::clone(layer),
-        options.blob(),
+        blob,
         sender,
         Arc::clone(&stopped),
     );
@@ -168,11 +215,25 @@ fn run<W: Write + Send>(
         let sequencer = scope.spawn(|| {
             // Dropped at the end: that frees the buffers of items still coming.
             let done = done;
-            let result = sequencer::run(&done, layer, &engine.workers, options.blob(), writer);
+            let result = sequencer::run(&done, layer, &engine.workers, blob, writer);
             stopped.store(true, Ordering::Relaxed);
             result
         });
-        let scanned = source.scan(&mut feeder, options);
+        let scanned = match options.parent {
+            None => source.scan(&mut feeder, options),
+            // Whiteouts have something to remove: the merge needs to see them.
+            Some(_) => {
+                let whiteouts = WhiteoutSpec::None;
+                let options = options.clone();
+                source.scan(
+                    &mut feeder,
+                    &BuildOptions {
+                        whiteouts,
+                        ..options
+                    },
+                )
+            }
+        };
         // Closes the channel, also after a failure, so that the sequencer ends.
         let items = feeder.finish();
         let stored = sequencer.join().unwrap_or(Err(StoreError::WorkerLost));
@@ -197,25 +258,64 @@ fn finish<W: Write>(
     options: &BuildOptions,
     writer: BlobWriter<W>,
 ) -> Result<Layer, BuildError> {
-    let Scanned { mut tree, files } = scanned;
-    let ids: Vec<_> = stored
-        .chunks
-        .into_iter()
-        .map(|chunk| tree.add_chunk(chunk))
-        .collect();
+    let Scanned {
+        mut tree,
+        files,
+        original,
+    } = scanned;
+    let mut add = |chunks: Vec<_>| -> Vec<_> {
+        let chunks = chunks.into_iter();
+        chunks.map(|chunk| tree.add_chunk(chunk)).collect()
+    };
+    let (own, known) = (add(stored.chunks), add(stored.known));
+    let id = |reference| match Stored::resolve(reference) {
+        (false, position) => own[position],
+        (true, position) => known[position],
+    };
     let mut references = stored.references.into_iter();
     for (file, count) in files {
         if let Content::File { chunks, .. } = &mut tree.inode_mut(file).content {
             let count = usize::try_from(count).unwrap_or(usize::MAX);
-            chunks.extend(references.by_ref().take(count).map(|at| ids[item::len(at)]));
+            chunks.extend(references.by_ref().take(count).map(id));
         }
     }
+    let mut writer = writer;
+    if let Some(original) = original {
+        writer.set_original(original);
+    }
+    // The layer's own blob is among them exactly if the writer has a row for it.
+    let blobs = |own: Option<&BlobInfo>| -> Vec<BlobInfo> {
+        let info = |owner: &Owner| match owner {
+            Owner::Layer => own.cloned(),
+            Owner::Known(id) => options.known.blob_with_id(id).cloned(),
+        };
+        stored.blobs.iter().filter_map(info).collect()
+    };
     let embed = |info: Option<&BlobInfo>| {
-        tree.blobs = info.cloned().into_iter().collect();
-        writer::write(&tree, &options.write_options(&tree)).map_err(Into::into)
+        tree.blobs = blobs(info);
+        let bytes = match &options.parent {
+            None => writer::write(&tree, &options.write_options(&tree))?,
+            Some(parent) => {
+                let tree = on_parent(parent, tree.clone(), options)?;
+                writer::write(&tree, &options.write_options(&tree))?
+            }
+        };
+        Ok(bytes)
     };
     let blob = writer.finish(embed);
     let blob = blob.map_err(|error| BuildError::Store(StoreError::Write(error)))?;
-    tree.blobs = blob.info.iter().cloned().collect();
-    Ok(Layer { tree, blob })
+    tree.blobs = blobs(blob.info.as_ref());
+    if let Some(parent) = &options.parent {
+        tree = on_parent(parent, tree, options).map_err(BuildError::Bootstrap)?;
+    }
+    let own = blob.info.as_ref().map(|info| &info.id);
+    let own = own.and_then(|id| tree.blobs.iter().position(|blob| blob.id == *id));
+    Ok(Layer { tree, own, blob })
+}
+
+/// The parent with the layer on it.
+fn on_parent(parent: &Tree, layer: Tree, options: &BuildOptions) -> Result<Tree, rafs::WriteError> {
+    let mut tree = parent.clone();
+    apply(&mut tree, layer, options.whiteouts)?;
+    Ok(tree)
 }

@@ -5,6 +5,8 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
 use crate::{check, convert, create, export, inspect, logging, merge, stat, unpack, version};
@@ -55,6 +57,19 @@ enum Command {
     Stat(stat::Args),
     Unpack(unpack::Args),
     Export(export::Args),
+    #[command(hide = true)]
+    Compact(Anything),
+    #[command(hide = true)]
+    Chunkdict(Anything),
+    #[command(hide = true)]
+    Optimize(Anything),
+}
+
+/// Options of a command that other builders have: never looked at.
+#[derive(Debug, clap::Args)]
+struct Anything {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    words: Vec<std::ffi::OsString>,
 }
 
 impl Cli {
@@ -73,6 +88,15 @@ impl Cli {
             Some(Command::Stat(args)) => stat::run(&args),
             Some(Command::Unpack(args)) => unpack::run(&args),
             Some(Command::Export(args)) => export::run(&args),
+            Some(Command::Compact(_)) => {
+                bail!("compact is not supported: the blobs of an image are not rewritten")
+            }
+            Some(Command::Chunkdict(_)) => {
+                bail!("chunkdict is not supported: any bootstrap serves as --chunk-dict")
+            }
+            Some(Command::Optimize(_)) => {
+                bail!("optimize is not supported: choose what to prefetch with --prefetch-policy")
+            }
             None => print_usage(),
         }
     }
@@ -88,6 +112,11 @@ pub struct UsageError(pub String);
 fn print_usage() -> anyhow::Result<()> {
     println!("Usage: nydus-image [OPTIONS] <COMMAND>; see nydus-image --help");
     Ok(())
+}
+
+/// Parses a path that callers leave empty for "none"; paths are not empty otherwise.
+pub(crate) fn path_or_empty() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 fn parse_level(name: &str) -> Result<tracing::Level, String> {

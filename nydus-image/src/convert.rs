@@ -12,19 +12,21 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args as ClapArgs;
 use indicatif::HumanBytes;
 use storage::oci::{Access, ImageRef, Images, Platform};
-use storage::{Compressor, Digester};
+use storage::{BlobInfo, Compressor, Digester};
 
 use crate::build::BuildOptions;
 use crate::cli::{UsageError, parse_size};
 use crate::create::is_chunk_size;
 use crate::pipeline::Engine;
 use crate::prefetch::{Policy, Prefetch};
+use crate::reuse::{Known, Reused};
 
 mod bootstrap;
 mod config;
@@ -125,6 +127,23 @@ pub struct Args {
     /// daemon shall fetch right after mounting; `-` for standard input
     #[arg(long, value_name = "file", help_heading = "Format")]
     prefetch_patterns: Option<PathBuf>,
+
+    /// Keep the layers as they are and make only indexes of them
+    ///
+    /// Needs layers of gzip or plain tar. The target gets the original layers unless it
+    /// has them; converting within one repository sends little but metadata.
+    #[arg(
+        long,
+        conflicts_with_all = ["compressor", "digester", "batch_size"],
+        help_heading = "Format"
+    )]
+    oci_ref: bool,
+
+    /// Do not store chunks that this image has: bootstrap=PATH or PATH
+    ///
+    /// The target must have the blobs of that image.
+    #[arg(long, value_name = "chunk-dict", help_heading = "Format")]
+    chunk_dict: Option<String>,
 
     /// Layers to convert at a time
     #[arg(
@@ -228,7 +247,7 @@ fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
 /// Converts, and returns the line that sums it up.
 async fn convert(
     args: &Args,
-    options: BuildOptions,
+    mut options: BuildOptions,
     source: &ImageRef,
     target: &ImageRef,
 ) -> anyhow::Result<String> {
@@ -242,6 +261,7 @@ async fn convert(
         credentials: None,
     };
     let from = Images::open(source, &access).await?;
+    let dictionary = dictionary(args, &mut options)?;
     let plan = Plan::read(&from, source, &args.platform)
         .await
         .with_context(|| format!("cannot read the image {source}"))?;
@@ -250,6 +270,8 @@ async fn convert(
         to: Images::open(target, &access).await?,
         engine: Engine::for_this_machine(),
         options,
+        in_place: args.oci_ref,
+        dictionary,
         work_dir,
         progress: Progress::new(),
     };
@@ -271,7 +293,7 @@ async fn convert(
 
 fn options(args: &Args) -> anyhow::Result<BuildOptions> {
     check_sizes(args)?;
-    Ok(BuildOptions {
+    let options = BuildOptions {
         compressor: args.compressor,
         digester: args.digester,
         chunk_size: args.chunk_size,
@@ -281,6 +303,11 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
         inline_bootstrap: true,
         prefetch: prefetch(args)?,
         ..BuildOptions::default()
+    };
+    Ok(if args.oci_ref {
+        options.in_place()
+    } else {
+        options
     })
 }
 
@@ -308,6 +335,19 @@ fn prefetch(args: &Args) -> anyhow::Result<Prefetch> {
         Box::new(BufReader::new(File::open(path).with_context(failed)?))
     };
     Prefetch::read(Policy::Fs, read).with_context(failed)
+}
+
+/// Reads the chunk dictionary into `options`; returns its blobs.
+fn dictionary(args: &Args, options: &mut BuildOptions) -> anyhow::Result<Vec<BlobInfo>> {
+    let Some(value) = &args.chunk_dict else {
+        return Ok(Vec::new());
+    };
+    let dictionary = Reused::dictionary(value)?;
+    dictionary.check(&options.traits())?;
+    let mut known = Known::default();
+    known.add(&dictionary, options.digester)?;
+    options.known = Arc::new(known);
+    Ok(dictionary.image.blobs().to_vec())
 }
 
 /// How the source is recorded in the result. Paths of this machine are nobody's business,

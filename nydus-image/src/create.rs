@@ -6,20 +6,22 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use rafs::merge::WhiteoutSpec;
 use sha2::{Digest as _, Sha256};
-use storage::{BlobId, Compressor, Digest};
+use storage::{BlobFeatures, BlobId, Compressor, Digest};
 
 use crate::build::{BuildOptions, Layer, build_layer};
 use crate::cli::UsageError;
 use crate::output::Output;
 use crate::pipeline::Engine;
-use crate::prefetch::Prefetch;
+use crate::prefetch::{Policy, Prefetch};
 use crate::report::Report;
-use crate::source::{Source, compressed};
+use crate::reuse::{Known, Reused};
+use crate::source::{InPlace, Source, compressed};
 
 mod args;
 
@@ -36,7 +38,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let start = Instant::now();
     check_usage(&args)?;
     check_supported(&args)?;
-    let options = options(&args)?;
+    let mut options = options(&args)?;
+    reuse(&args, &mut options)?;
     let source = open_source(&args)?;
     let mut blob = open_blob(&args)?;
     let engine = Engine::for_this_machine();
@@ -48,7 +51,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             args.source.display()
         )
     })?;
-    if let (Some(id), Some(info)) = (&args.blob_id, layer.tree.blobs.first_mut()) {
+    if let (Some(id), Some(info)) = (&args.blob_id, layer.own_mut()) {
         info.id = BlobId::new(id)?;
     }
     let bootstrap = write_bootstrap(&args, &options, &layer)?;
@@ -121,6 +124,22 @@ fn check_usage(args: &Args) -> Result<(), UsageError> {
             ));
         }
     }
+    if args.conversion == Conversion::TargzRef {
+        let conflicts = [
+            (args.blob_id.is_some(), "--blob-id"),
+            (args.batch_size != 0, "--batch-size"),
+            (args.encrypt, "--encrypt"),
+            (
+                args.prefetch_policy == Policy::Blob,
+                "--prefetch-policy blob",
+            ),
+        ];
+        if let Some((_, option)) = conflicts.iter().find(|(given, _)| *given) {
+            return usage(format!(
+                "{option} cannot be used with --type targz-ref: the data blob stays what it is"
+            ));
+        }
+    }
     if args.fs_version == "5" && args.features.is_some() {
         return usage("--features blob-toc needs --fs-version 6".to_owned());
     }
@@ -136,7 +155,7 @@ pub(crate) const fn is_chunk_size(size: u32) -> bool {
 fn check_supported(args: &Args) -> anyhow::Result<()> {
     let type_is_supported = matches!(
         args.conversion,
-        Conversion::DirRafs | Conversion::TarRafs | Conversion::TargzRafs
+        Conversion::DirRafs | Conversion::TarRafs | Conversion::TargzRafs | Conversion::TargzRef
     );
     let missing = [
         (!type_is_supported, "this --type"),
@@ -150,14 +169,6 @@ fn check_supported(args: &Args) -> anyhow::Result<()> {
         (
             args.blob_cache_dir.is_some(),
             "writing a blob cache (--blob-cache-dir)",
-        ),
-        (
-            args.chunk_dict.is_some(),
-            "a chunk dictionary (--chunk-dict)",
-        ),
-        (
-            parent(args).is_some(),
-            "building on a parent image (--parent-bootstrap)",
         ),
         (
             args.blob_offset != 0,
@@ -189,7 +200,7 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
     }
     let prefetch = Prefetch::read(args.prefetch_policy, std::io::stdin().lock())
         .context("cannot read prefetch patterns from standard input")?;
-    Ok(BuildOptions {
+    let options = BuildOptions {
         compressor: args.compressor.unwrap_or(Compressor::Zstd),
         digester: args.digester,
         chunk_size: args.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
@@ -203,8 +214,32 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
             Whiteouts::None => WhiteoutSpec::None,
         },
         prefetch,
-        progress: None,
+        ..BuildOptions::default()
+    };
+    Ok(if args.conversion == Conversion::TargzRef {
+        options.in_place()
+    } else {
+        options
     })
+}
+
+/// Reads the chunk dictionary and the parent image. Chunks of the dictionary come
+/// first.
+fn reuse(args: &Args, options: &mut BuildOptions) -> anyhow::Result<()> {
+    let mut known = Known::default();
+    if let Some(value) = &args.chunk_dict {
+        let dictionary = Reused::dictionary(value)?;
+        dictionary.check(&options.traits())?;
+        known.add(&dictionary, options.digester)?;
+    }
+    if let Some(path) = parent(args) {
+        let parent = Reused::open(path).context("cannot use --parent-bootstrap")?;
+        parent.check(&options.traits())?;
+        known.add(&parent, options.digester)?;
+        options.parent = Some(Arc::new(parent.tree()?));
+    }
+    options.known = Arc::new(known);
+    Ok(())
 }
 
 fn open_source(args: &Args) -> anyhow::Result<Source> {
@@ -212,6 +247,15 @@ fn open_source(args: &Args) -> anyhow::Result<Source> {
         return Ok(Source::Directory(args.source.clone()));
     }
     let name = args.source.display().to_string();
+    if args.conversion == Conversion::TargzRef {
+        let layer = if name == "-" {
+            InPlace::open(std::io::stdin())
+        } else {
+            std::fs::File::open(&args.source).and_then(InPlace::open)
+        };
+        let layer = layer.with_context(|| format!("cannot read {name}"))?;
+        return Ok(Source::InPlace { name, layer });
+    }
     let (compression, reader) = if name == "-" {
         compressed::open(std::io::stdin())
     } else {
@@ -264,11 +308,15 @@ fn commit(
     if layer.blob.file_size == 0 {
         blob.discard()?;
     } else {
-        let id = match layer.tree.blobs.first() {
-            Some(info) => info.id.as_str(),
-            None => layer.blob.id.as_str(),
+        let own = layer.own.and_then(|own| layer.tree.blobs.get(own));
+        let id = match own {
+            // The file with the tables, not the layer that has the data.
+            Some(info) if info.features.contains(BlobFeatures::SEPARATE) => &layer.blob.id,
+            // Perhaps --blob-id.
+            Some(info) => &info.id,
+            None => &layer.blob.id,
         };
-        blob.commit(id)?;
+        blob.commit(id.as_str())?;
     }
     bootstrap
         .map(|(output, name)| output.commit(&name))

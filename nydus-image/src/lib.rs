@@ -5,6 +5,7 @@
 //! * [`source`]: where files come from: a directory or a tar stream;
 //! * [`build`]: one layer from one source, through
 //! * [`pipeline`]: cutting, digests, compression and storing, on all cores;
+//! * [`reuse`]: images whose chunks are referred to instead of stored again;
 //! * [`output`]: files that appear complete or not at all, and FIFOs;
 //! * [`report`]: the JSON report of a command.
 //!
@@ -35,6 +36,7 @@ pub mod output;
 pub mod pipeline;
 pub mod prefetch;
 pub mod report;
+pub mod reuse;
 pub mod source;
 pub mod stat;
 pub mod unpack;

@@ -5,7 +5,6 @@
 //! because it was written before the blob was complete: it is taken from the name
 //! of the layer's file, or from the lists on the command line.
 
-use std::collections::HashSet;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,10 +16,11 @@ use rafs::{Image, Tree};
 use sha2::{Digest as _, Sha256};
 use storage::{BlobFeatures, BlobId, BlobInfo, Digest};
 
-use crate::cli::UsageError;
+use crate::cli::{UsageError, path_or_empty};
 use crate::output::write_file;
 use crate::prefetch::{Policy, Prefetch};
 use crate::report::Report;
+use crate::reuse::{Reused, Traits, id_from_name};
 
 /// Merge layer bootstraps into one image bootstrap
 ///
@@ -42,7 +42,12 @@ pub struct Args {
     sources: Vec<PathBuf>,
 
     /// Image that lies below all sources
-    #[arg(long, value_name = "parent-bootstrap", help_heading = "Input")]
+    #[arg(
+        long,
+        value_name = "parent-bootstrap",
+        value_parser = path_or_empty(),
+        help_heading = "Input"
+    )]
     parent_bootstrap: Option<PathBuf>,
 
     /// Image whose blobs layers may refer to, under their own ids: bootstrap=PATH or PATH
@@ -143,25 +148,25 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     check_usage(args)?;
     let prefetch = Prefetch::read(args.prefetch_policy, BufReader::new(std::io::stdin()))
         .context("cannot read prefetch patterns from standard input")?;
-    let dictionary = dictionary(args)?;
+    let dictionary = args.chunk_dict.as_deref().map(Reused::dictionary);
+    let dictionary = dictionary.transpose()?;
     let mut merged: Option<Merged> = None;
     if let Some(path) = args
         .parent_bootstrap
         .as_deref()
         .filter(|p| !p.as_os_str().is_empty())
     {
-        let image = open(path)?;
-        let tree = load(path, &image)?;
-        merged = Some(Merged {
-            path: path.to_owned(),
-            image,
-            tree,
-        });
+        let Reused { path, image } = Reused::open(path)?;
+        let tree = load(&path, &image)?;
+        merged = Some(Merged { path, image, tree });
     }
     for (index, path) in args.sources.iter().enumerate() {
         let image = open(path)?;
         let mut tree = load(path, &image)?;
-        name_blobs(args, index, path, &mut tree, &dictionary)?;
+        if let Some(known) = &dictionary {
+            compare((path, &image), (&known.path, &known.image))?;
+        }
+        name_blobs(args, index, path, &mut tree, dictionary.as_ref())?;
         merged = Some(match merged {
             None => Merged {
                 path: path.clone(),
@@ -211,52 +216,39 @@ struct Merged {
 
 impl Merged {
     fn add(mut self, path: &Path, image: Image, tree: Tree) -> anyhow::Result<Self> {
-        let compare = |what, found: String, expected: String| {
-            if found == expected {
-                return Ok(());
-            }
-            let (path, first) = (path.to_owned(), self.path.clone());
-            Err(Incompatible {
-                path,
-                first,
-                what,
-                found,
-                expected,
-            })
-        };
-        let lower = &self.image;
-        compare(
-            "compressor",
-            image.compressor().to_string(),
-            lower.compressor().to_string(),
-        )?;
-        compare(
-            "digester",
-            image.digester().to_string(),
-            lower.digester().to_string(),
-        )?;
-        let owners = |image: &Image| {
-            if image.has_explicit_owners() {
-                "stored"
-            } else {
-                "not stored"
-            }
-            .to_owned()
-        };
-        compare("owners", owners(&image), owners(lower))?;
-        ensure!(
-            image.chunk_size() == lower.chunk_size(),
-            "{} has chunks of {} bytes, but {} of {}",
-            path.display(),
-            image.chunk_size(),
-            self.path.display(),
-            lower.chunk_size(),
-        );
+        compare((path, &image), (&self.path, &self.image))?;
         apply(&mut self.tree, tree, WhiteoutSpec::Oci)
             .with_context(|| format!("cannot merge {}", path.display()))?;
         self.image = image;
         Ok(self)
     }
+}
+
+/// Refuses to merge what one image cannot have.
+fn compare(
+    (path, image): (&Path, &Image),
+    (first, expected): (&Path, &Image),
+) -> anyhow::Result<()> {
+    let (image, expected) = (Traits::of(image), Traits::of(expected));
+    let Some((what, found, expected)) = image.difference(&expected) else {
+        return Ok(());
+    };
+    // Clients tell the kinds of differences apart by the exit code.
+    ensure!(
+        what != "chunk size",
+        "{} has chunks of {found} bytes, but {} of {expected}",
+        path.display(),
+        first.display(),
+    );
+    let (path, first) = (path.to_owned(), first.to_owned());
+    Err(Incompatible {
+        path,
+        first,
+        what,
+        found,
+        expected,
+    }
+    .into())
 }
 
 fn check_usage(args: &Args) -> Result<(), UsageError> {
@@ -281,32 +273,13 @@ fn check_usage(args: &Args) -> Result<(), UsageError> {
     }
 }
 
-/// Ids of the blobs of the chunk dictionary.
-fn dictionary(args: &Args) -> anyhow::Result<HashSet<BlobId>> {
-    let Some(text) = &args.chunk_dict else {
-        return Ok(HashSet::new());
-    };
-    let path = match text.split_once('=') {
-        Some(("bootstrap", path)) => path,
-        Some((kind, _)) => {
-            bail!("--chunk-dict: `{kind}` is not a known kind; use bootstrap=<path>")
-        }
-        None => text,
-    };
-    Ok(open(Path::new(path))?
-        .blobs()
-        .iter()
-        .map(|blob| blob.id.clone())
-        .collect())
-}
-
 /// Corrects what the bootstrap of source number `index` says about its own blob.
 fn name_blobs(
     args: &Args,
     index: usize,
     path: &Path,
     tree: &mut Tree,
-    dictionary: &HashSet<BlobId>,
+    dictionary: Option<&Reused>,
 ) -> anyhow::Result<()> {
     if args.config.is_some() {
         return Ok(());
@@ -314,7 +287,7 @@ fn name_blobs(
     let mut own = tree
         .blobs
         .iter_mut()
-        .filter(|blob| !dictionary.contains(&blob.id));
+        .filter(|blob| !is_known(dictionary, &blob.id));
     let Some(blob) = own.next() else {
         return Ok(());
     };
@@ -324,6 +297,11 @@ fn name_blobs(
         path.display()
     );
     correct(args, index, path, blob).with_context(|| format!("blob of {}", path.display()))
+}
+
+/// Whether the chunk dictionary has a blob of this id.
+fn is_known(dictionary: Option<&Reused>, id: &BlobId) -> bool {
+    dictionary.is_some_and(|known| known.image.blobs().iter().any(|blob| blob.id == *id))
 }
 
 fn correct(args: &Args, index: usize, path: &Path, blob: &mut BlobInfo) -> anyhow::Result<()> {
@@ -349,21 +327,6 @@ fn correct(args: &Args, index: usize, path: &Path, blob: &mut BlobInfo) -> anyho
         blob.toc_size = *size;
     }
     Ok(())
-}
-
-/// The file name up to its first dot.
-fn id_from_name(path: &Path) -> anyhow::Result<BlobId> {
-    let name = path
-        .file_name()
-        .map(|name| name.to_string_lossy())
-        .unwrap_or_default();
-    let stem = name.split('.').next().unwrap_or_default();
-    BlobId::new(stem).with_context(|| {
-        format!(
-            "{} gives no blob id; name the file by its blob or use --original-blob-ids",
-            path.display()
-        )
-    })
 }
 
 fn parse_digest(hex: &str) -> anyhow::Result<Digest> {
@@ -399,15 +362,6 @@ fn output_path(args: &Args, bytes: &[u8]) -> anyhow::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ids_come_from_file_names() {
-        let id = |path: &str| id_from_name(Path::new(path)).map(|id| id.to_string());
-        assert_eq!(id("dir.d/abc.x.y").unwrap(), "abc");
-        assert_eq!(id("boot1").unwrap(), "boot1");
-        assert!(id("dir/.hidden").is_err());
-        assert!(id("a b").is_err());
-    }
 
     #[test]
     fn digests_are_64_hexadecimal_digits() {

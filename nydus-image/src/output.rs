@@ -3,14 +3,19 @@
 //! Data goes to a temporary file beside the target, which takes the target's name
 //! at the end. FIFOs and devices are written directly, front to back, because
 //! their readers want the data while it is produced.
+//!
+//! What happens to the temporary file when the program ends early is in
+//! `output/temporary.rs`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use tempfile::NamedTempFile;
+use temporary::Temporary;
+
+mod temporary;
 
 /// A file being written.
 #[derive(Debug)]
@@ -23,9 +28,9 @@ enum Kind {
     /// A FIFO or device, and its path for messages.
     Stream(File, PathBuf),
     /// A file that gets this name if all goes well.
-    Named(NamedTempFile, PathBuf),
+    Named(Temporary, PathBuf),
     /// A file in this directory whose name is not known yet.
-    Unnamed(NamedTempFile, PathBuf),
+    Unnamed(Temporary, PathBuf),
 }
 
 impl Output {
@@ -63,7 +68,7 @@ impl Output {
     pub fn regular(&self) -> Option<&File> {
         match &self.kind {
             Kind::Stream(..) => None,
-            Kind::Named(file, _) | Kind::Unnamed(file, _) => Some(file.as_file()),
+            Kind::Named(file, _) | Kind::Unnamed(file, _) => Some(file.file()),
         }
     }
 
@@ -118,7 +123,7 @@ impl Output {
     fn file(&mut self) -> &mut File {
         match &mut self.kind {
             Kind::Stream(file, _) => file,
-            Kind::Named(file, _) | Kind::Unnamed(file, _) => file.as_file_mut(),
+            Kind::Named(file, _) | Kind::Unnamed(file, _) => file.file_mut(),
         }
     }
 }
@@ -150,19 +155,14 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-fn temporary(dir: &Path, target: &Path) -> anyhow::Result<NamedTempFile> {
-    tempfile::Builder::new()
-        .prefix(".nydus-image-")
-        // What a file would get that is created the ordinary way; the umask applies.
-        .permissions(std::fs::Permissions::from_mode(0o666))
-        .tempfile_in(dir)
-        .with_context(|| {
-            format!(
-                "cannot create a file in {} for {}",
-                dir.display(),
-                target.display()
-            )
-        })
+fn temporary(dir: &Path, target: &Path) -> anyhow::Result<Temporary> {
+    Temporary::new_in(dir).with_context(|| {
+        format!(
+            "cannot create a file in {} for {}",
+            dir.display(),
+            target.display()
+        )
+    })
 }
 
 fn parent(path: &Path) -> &Path {

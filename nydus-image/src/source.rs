@@ -7,9 +7,12 @@
 use std::fmt;
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rafs::tree::{InodeId, Tree};
+use sha2::{Digest as _, Sha256};
+use storage::Digest;
+use storage::original::{self, LayerReader, Place, Summary};
 
 use crate::build::BuildOptions;
 use crate::pipeline::feeder::Feeder;
@@ -29,13 +32,103 @@ pub enum Source {
         /// The archive, uncompressed; see [`compressed::open`] for others.
         reader: Box<dyn Read + Send>,
     },
+    /// A tar or tar.gz stream that stays the data blob of its layer.
+    InPlace {
+        /// Its name in messages.
+        name: String,
+        /// The archive as stored.
+        layer: InPlace,
+    },
+}
+
+/// An archive whose data is used in place: read by the tar parser, and asked for the
+/// places of chunks. Cheap to clone; clones share the stream.
+#[derive(Clone)]
+pub struct InPlace {
+    reader: Arc<Mutex<LayerReader<Box<dyn Read + Send>>>>,
+    kind: original::Kind,
+    /// Of the tar, if wanted.
+    hasher: Option<Arc<Mutex<Sha256>>>,
+}
+
+impl InPlace {
+    /// Looks at the first bytes of `reader` to find out how the archive is stored.
+    ///
+    /// # Errors
+    /// As for [`LayerReader::open`].
+    pub fn open(reader: impl Read + Send + 'static) -> io::Result<Self> {
+        let reader = LayerReader::open(Box::new(reader) as Box<dyn Read + Send>)?;
+        let kind = reader.kind();
+        let reader = Arc::new(Mutex::new(reader));
+        Ok(Self {
+            reader,
+            kind,
+            hasher: None,
+        })
+    }
+
+    /// Lets [`InPlace::tar_digest`] know the digest of the tar.
+    #[must_use]
+    pub fn hashing_tar(self) -> Self {
+        Self {
+            hasher: Some(Arc::default()),
+            ..self
+        }
+    }
+
+    /// SHA-256 of the tar as far as it was read, after [`InPlace::hashing_tar`].
+    #[must_use]
+    pub fn tar_digest(&self) -> Option<Digest> {
+        let hasher = self.hasher.as_ref()?;
+        let hasher = hasher.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Digest::from_bytes(hasher.clone().finalize().into()))
+    }
+
+    /// Fills `buf` with the next bytes of the tar, which are one chunk, by `read`, and
+    /// tells where they are.
+    pub(crate) fn chunk<E>(
+        &self,
+        buf: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        failed: impl Fn(io::Error) -> E,
+    ) -> Result<Place, E> {
+        let len = u32::try_from(buf.len()).unwrap_or(u32::MAX);
+        self.lock().begin_chunk(len).map_err(&failed)?;
+        read(buf)?;
+        self.lock().end_chunk().map_err(&failed)
+    }
+
+    fn summary(&self) -> Summary {
+        self.lock().summary()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LayerReader<Box<dyn Read + Send>>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for InPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "InPlace({:?})", self.kind)
+    }
+}
+
+impl Read for InPlace {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.lock().read(buf)?;
+        if let Some(hasher) = &self.hasher {
+            let mut hasher = hasher.lock().unwrap_or_else(PoisonError::into_inner);
+            hasher.update(&buf[..count]);
+        }
+        Ok(count)
+    }
 }
 
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => write!(f, "directory {}", path.display()),
-            Self::Tar { name, .. } => write!(f, "archive {name}"),
+            Self::Tar { name, .. } | Self::InPlace { name, .. } => write!(f, "archive {name}"),
         }
     }
 }
@@ -61,9 +154,19 @@ pub(crate) struct Scanned {
     /// Regular files in the order in which their data was fed, with their number
     /// of chunks.
     pub(crate) files: Vec<(InodeId, u64)>,
+    /// The archive, if it is used in place.
+    pub(crate) original: Option<Summary>,
 }
 
 impl Source {
+    /// How the archive is stored, if it is used in place.
+    pub(crate) fn original(&self) -> Option<original::Kind> {
+        match self {
+            Self::InPlace { layer, .. } => Some(layer.kind),
+            _ => None,
+        }
+    }
+
     pub(crate) fn scan(
         self,
         feeder: &mut Feeder,
@@ -76,7 +179,17 @@ impl Source {
                     reader,
                     progress: options.progress.clone(),
                 };
-                tar::scan(name, reader, feeder)
+                tar::scan(name, reader, None, feeder)
+            }
+            Self::InPlace { name, layer } => {
+                let reader = Counting {
+                    reader: layer.clone(),
+                    progress: options.progress.clone(),
+                };
+                let mut scanned = tar::scan(name, reader, Some(&layer), feeder)?;
+                // The tar was read to its end, hence the layer too.
+                scanned.original = Some(layer.summary());
+                Ok(scanned)
             }
         }
     }

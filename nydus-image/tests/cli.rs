@@ -200,7 +200,7 @@ fn usage_errors_exit_with_2() {
 fn what_is_not_supported_is_named() {
     let place = Place::new();
     for (line, feature) in [
-        ("create -t targz-ref -D blobs tree.tar", "targz-ref"),
+        ("create -t estargz-ref -D blobs tree.tar", "estargz-ref"),
         ("create -t stargz_index -D blobs tree.tar", "estargztoc-ref"),
         ("create -t tar-tarfs -D blobs tree.tar", "tar-tarfs"),
         ("create -D blobs --encrypt tree", "encryption"),

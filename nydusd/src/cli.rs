@@ -168,7 +168,7 @@ pub(crate) struct FuseOptions {
     #[arg(short = 's', long, value_name = "dir")]
     pub shared_dir: Option<PathBuf>,
 
-    /// File with absolute paths to fetch early, one per line (no effect yet)
+    /// File with absolute paths to fetch early, one per line
     #[arg(long, value_name = "file", requires = "bootstrap")]
     pub prefetch_files: Option<PathBuf>,
 
@@ -236,6 +236,19 @@ pub(crate) struct MountOptions {
     /// Talk plain HTTP to the registry; loopback registries always do
     #[arg(long)]
     pub plain_http: bool,
+
+    /// File with absolute paths to fetch early, one per line
+    /// [default: the files that the image names itself]
+    #[arg(long, value_name = "file")]
+    pub prefetch_files: Option<PathBuf>,
+
+    /// Write the paths of the files that are read to this file, for --prefetch-files
+    #[arg(long, value_name = "file")]
+    pub record_files: Option<PathBuf>,
+
+    /// Fetch the whole image in the background
+    #[arg(long)]
+    pub prefetch_all: bool,
 
     /// Threads that answer file system requests
     #[arg(

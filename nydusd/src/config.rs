@@ -20,11 +20,19 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use storage::backend::http_proxy::HttpProxyConfig;
+use storage::backend::object::ObjectConfig;
+use storage::backend::registry::{ClientCertificate, Mirror, Scheme};
+
 use node::{Node, Table};
 use section::Section;
+use storage::cache::Limits;
 
 /// Larger files are refused before they are parsed, in bytes.
 const MAX_FILE_SIZE: u64 = 1 << 20;
+
+/// Least memory for fetches that may be configured, in bytes: the largest chunk.
+const MIN_MEMORY: u64 = 16 << 20;
 
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,12 +41,44 @@ pub(crate) struct Config {
     pub id: String,
     /// Where blobs come from.
     pub backend: Backend,
-    /// Directory of the chunk cache.
-    pub cache_dir: PathBuf,
+    /// The chunk cache.
+    pub cache: Cache,
     /// Background fetching, if wanted.
     pub prefetch: Option<Prefetch>,
     /// What the user should hear about: unknown keys, settings without effect.
     pub warnings: Vec<String>,
+}
+
+/// The chunk cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Cache {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Most disk space it takes, in bytes; `None` for no limit.
+    pub max_bytes: Option<u64>,
+    /// Part of the file system that it leaves free, in percent.
+    pub min_free_percent: u8,
+    /// Memory for fetches in progress, in bytes.
+    pub memory: u64,
+}
+
+impl Cache {
+    /// A cache in `dir` with the usual limits.
+    pub(crate) fn in_dir(dir: &Path) -> Self {
+        let limits = Limits::default();
+        Self {
+            dir: dir.to_owned(),
+            max_bytes: limits.max_bytes,
+            min_free_percent: limits.min_free_percent,
+            memory: storage::budget::DEFAULT,
+        }
+    }
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self::in_dir(Path::new("."))
+    }
 }
 
 /// Where blobs come from.
@@ -46,8 +86,14 @@ pub(crate) struct Config {
 pub(crate) enum Backend {
     /// Files named by blob id, in the first of these directories that has them.
     LocalFs(Vec<PathBuf>),
+    /// One file, which is the only blob.
+    BlobFile(PathBuf),
     /// An OCI registry.
     Registry(Registry),
+    /// A plain HTTP server.
+    HttpProxy(HttpProxyConfig),
+    /// A bucket of an object store.
+    Object(ObjectConfig),
 }
 
 /// Settings of the registry back end.
@@ -65,6 +111,14 @@ pub(crate) struct Registry {
     pub skip_verify: bool,
     /// PEM files with further trusted authorities.
     pub ca_cert_files: Vec<PathBuf>,
+    /// What we show to a registry that wants to know who connects.
+    pub client_certificate: Option<ClientCertificate>,
+    /// Tried before the registry itself, in this order.
+    pub mirrors: Vec<Mirror>,
+    /// Replaces the host of redirects.
+    pub redirect_host: Option<String>,
+    /// Replaces the scheme of redirects.
+    pub redirect_scheme: Option<Scheme>,
     /// Limit for the silence between two pieces of an answer, if one was chosen.
     pub timeout: Option<Duration>,
     /// Limit for setting up a connection, if one was chosen.
@@ -255,7 +309,7 @@ fn cache_type(section: &mut Section<'_>) -> Result<(), ConfigError> {
 }
 
 /// Keys of a file cache that are the same in both versions.
-fn file_cache(section: &mut Section<'_>) -> Result<PathBuf, ConfigError> {
+fn file_cache(section: &mut Section<'_>) -> Result<Cache, ConfigError> {
     let dir = section
         .text("work_dir")?
         .filter(|dir| !dir.is_empty())
@@ -274,7 +328,17 @@ fn file_cache(section: &mut Section<'_>) -> Result<PathBuf, ConfigError> {
         });
     }
     section.ignore(&["enable_convergent_encryption", "encryption_key"]);
-    Ok(PathBuf::from(dir))
+    let usual = Cache::default();
+    let max_bytes = section.number("max_bytes", 0, 0..=u64::MAX)?;
+    let min_free = u64::from(usual.min_free_percent);
+    let min_free = section.number("min_free_percent", min_free, 0..=99)?;
+    Ok(Cache {
+        dir: PathBuf::from(dir),
+        max_bytes: (max_bytes > 0).then_some(max_bytes),
+        // Never fails: it is less than 100.
+        min_free_percent: u8::try_from(min_free).unwrap_or(usual.min_free_percent),
+        memory: section.number("memory_bytes", usual.memory, MIN_MEMORY..=u64::MAX)?,
+    })
 }
 
 #[cfg(test)]

@@ -36,8 +36,10 @@ use storage::BlobIndex;
 use storage::backend::Priority;
 use storage::blob::{Blob, ChunkSpan};
 use storage::error::ReadError;
+use storage::prefetch::Prefetch;
 
 use crate::errno::{Failures, FsError};
+use crate::record::Recorder;
 use node::{Slot, attributes, dirent_type};
 
 /// How long the kernel may keep what it was told: the image never changes.
@@ -51,6 +53,17 @@ pub(crate) struct RafsFs {
     /// In the order of the image's blob table.
     blobs: Vec<Arc<Blob>>,
     failures: Failures,
+    background: Background,
+}
+
+/// What goes on beside the answers, until the mount ends.
+#[derive(Debug, Default)]
+pub(crate) struct Background {
+    /// What is fetched before it is read.
+    #[expect(dead_code, reason = "it is here to end with the mount")]
+    pub prefetch: Option<Prefetch>,
+    /// Who is told which files are read.
+    pub recorder: Option<Recorder>,
 }
 
 /// What a read needs from one blob: consecutive in the file, in file order.
@@ -62,12 +75,18 @@ struct Part {
 
 impl RafsFs {
     /// * `blobs`: one for each entry of the image's blob table, in its order.
-    pub(crate) fn new(slot: Slot, image: Arc<Image>, blobs: Vec<Arc<Blob>>) -> Self {
+    pub(crate) fn new(
+        slot: Slot,
+        image: Arc<Image>,
+        blobs: Vec<Arc<Blob>>,
+        background: Background,
+    ) -> Self {
         Self {
             slot,
             image,
             blobs,
             failures: Failures::default(),
+            background,
         }
     }
 
@@ -185,7 +204,10 @@ impl RafsFs {
         ) {
             (Ok(()), Some(file)) => {
                 for run in joined(&part.spans) {
-                    done += copy_file(file, &run, out).map_err(FsError::Reply)?;
+                    done += copy_file(file, &run, out).map_err(|error| {
+                        blob.check_length();
+                        FsError::Reply(error)
+                    })?;
                 }
             }
             // The cache cannot be written: the bytes come by way of memory.
@@ -334,6 +356,9 @@ impl FileSystem for RafsFs {
         _owner: Option<u64>,
         _flags: u32,
     ) -> io::Result<usize> {
+        if let (Some(recorder), Ok(nid)) = (&self.background.recorder, self.nid(node)) {
+            recorder.note(nid);
+        }
         let copied = self.plan(node, offset, size).and_then(|parts| {
             parts
                 .iter()

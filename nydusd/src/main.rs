@@ -8,12 +8,16 @@
 mod cli;
 mod config;
 mod daemon;
+mod elf;
 mod errno;
+mod follow;
 mod fuse;
 mod limits;
 mod logging;
 mod mounts;
+mod prefetch;
 mod pull;
+mod record;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -86,18 +90,20 @@ fn described(global: &Global, options: &FuseOptions) -> anyhow::Result<Source> {
     let bootstrap = options.bootstrap.clone().context(
         "--bootstrap is missing; mounting later through the control API is not supported yet",
     )?;
-    if let Some(path) = &options.prefetch_files {
-        std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read --prefetch-files {}", path.display()))?;
-        tracing::warn!("--prefetch-files has no effect yet");
-    }
+    let files = options.prefetch_files.as_deref();
+    let files = files.map(prefetch::read_list).transpose()?;
     if let Some(dir) = &options.localfs_dir {
-        return Source::local(bootstrap, dir, dir);
+        let mut source = Source::local(bootstrap, dir, dir)?;
+        source.prefetch.files = files;
+        return Ok(source);
     }
     let path = global
         .config
         .as_deref()
         .context("--config or --localfs-dir is missing")?;
     let config = mounts::load_config(path)?;
-    Source::configured(bootstrap, &config)
+    let mut source = Source::configured(bootstrap, &config)?;
+    // A list on the command line is a wish of its own, whatever the configuration says.
+    source.prefetch.files = files.or(source.prefetch.files);
+    Ok(source)
 }

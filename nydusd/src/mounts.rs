@@ -12,15 +12,23 @@ use anyhow::Context as _;
 use rafs::image::Image;
 use storage::BlobIndex;
 use storage::backend::Backend;
+use storage::backend::file::FileBackend;
+use storage::backend::http_proxy::HttpProxyBackend;
 use storage::backend::local::LocalBackend;
+use storage::backend::object::ObjectBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
-use storage::cache::CacheDir;
-use storage::oci::{self, Access, RegistryRef};
+use storage::budget::Budget;
+use storage::cache::{CacheDir, CacheError, Limits, Settings};
+use storage::oci::credentials::DockerConfig;
+use storage::oci::{Access, RegistryRef};
 
 use crate::config::{self, Config, Login};
-use crate::fuse::RafsFs;
+use crate::follow;
 use crate::fuse::node::Slot;
+use crate::fuse::{Background, RafsFs};
+use crate::prefetch::{self, Wish};
+use crate::record::Recorder;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
@@ -37,8 +45,12 @@ pub(crate) struct Source {
     pub bootstrap: PathBuf,
     /// Where its blobs come from.
     pub backend: Arc<dyn Backend>,
-    /// Directory of the chunk cache.
-    pub cache_dir: PathBuf,
+    /// The chunk cache.
+    pub cache: config::Cache,
+    /// What to fetch before it is read.
+    pub prefetch: Wish,
+    /// File for the list of files that are read.
+    pub record: Option<PathBuf>,
 }
 
 impl Source {
@@ -53,7 +65,9 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
-            cache_dir: cache.to_owned(),
+            cache: config::Cache::in_dir(cache),
+            prefetch: Wish::default(),
+            record: None,
         })
     }
 
@@ -63,7 +77,16 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: backend(&config.backend)?,
-            cache_dir: config.cache_dir.clone(),
+            cache: config.cache.clone(),
+            prefetch: match &config.prefetch {
+                Some(prefetch) => Wish::configured(prefetch),
+                // Not enabled: not even what the image names.
+                None => Wish {
+                    files: Some(Vec::new()),
+                    ..Wish::default()
+                },
+            },
+            record: None,
         })
     }
 }
@@ -81,12 +104,6 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
     for warning in &config.warnings {
         tracing::warn!("configuration {}: {warning}", path.display());
     }
-    if config.prefetch.is_some() {
-        tracing::warn!(
-            "configuration {}: prefetch has no effect yet",
-            path.display()
-        );
-    }
     Ok(config)
 }
 
@@ -94,7 +111,10 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
 fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
     match config {
         config::Backend::LocalFs(dirs) => Ok(Arc::new(LocalBackend::new(dirs.clone()))),
+        config::Backend::BlobFile(file) => Ok(Arc::new(FileBackend::open(file)?)),
         config::Backend::Registry(registry) => self::registry(registry),
+        config::Backend::HttpProxy(server) => Ok(Arc::new(HttpProxyBackend::new(server.clone())?)),
+        config::Backend::Object(bucket) => Ok(Arc::new(ObjectBackend::new(bucket)?)),
     }
 }
 
@@ -119,13 +139,19 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
     settings.retry.retries = config.retry_limit.map_or(settings.retry.retries, u32::from);
     settings.ca_files.clone_from(&config.ca_cert_files);
     settings.skip_verify = config.skip_verify;
+    settings
+        .client_certificate
+        .clone_from(&config.client_certificate);
+    settings.mirrors.clone_from(&config.mirrors);
+    settings.redirect_host.clone_from(&config.redirect_host);
+    settings.redirect_scheme = config.redirect_scheme;
     start_registry(settings)
 }
 
 /// The repository of an image reference as back end.
 ///
 /// # Errors
-/// When the credentials are of a kind that only works for whole images.
+/// When the reference or the credentials cannot be used.
 pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
     let host = if name.host == "docker.io" {
@@ -136,16 +162,11 @@ pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result
     let mut settings = RegistryConfig::new(host, &name.repository);
     let plain = access.plain_http || name.is_loopback();
     settings.scheme = if plain { Scheme::Http } else { Scheme::Https };
-    settings.auth = match access.credentials.clone().unwrap_or_default() {
-        oci::Credentials::Anonymous => Credentials::Anonymous,
-        oci::Credentials::Basic { username, password } => Credentials::Basic { username, password },
-        oci::Credentials::Bearer(token) => Credentials::Bearer(token),
-        oci::Credentials::Identity(_) => anyhow::bail!(
-            "credentials for {}: identity tokens are not supported yet for reading on demand; \
-             set {AUTH_VARIABLE} to the base64 form of `user:password`",
-            name.host
-        ),
-    };
+    settings.auth = access.credentials.clone().unwrap_or_default();
+    if login_from_environment()?.is_none() {
+        // Helpers hand out credentials that end while an image is mounted.
+        settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));
+    }
     start_registry(settings)
 }
 
@@ -174,6 +195,18 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
+fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
+    let settings = Settings {
+        limits: Limits {
+            max_bytes: cache.max_bytes,
+            min_free_percent: cache.min_free_percent,
+        },
+        memory: Budget::new(cache.memory),
+        ..Settings::default()
+    };
+    CacheDir::open_as(&cache.dir, settings)
+}
+
 /// Opens image and blobs.
 ///
 /// # Errors
@@ -182,8 +215,8 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
-    let cache = CacheDir::open(&source.cache_dir)
-        .with_context(|| format!("cache directory {}", source.cache_dir.display()))?;
+    let cache = open_cache(&source.cache)
+        .with_context(|| format!("cache directory {}", source.cache.dir.display()))?;
     let blobs = (0u32..)
         .zip(image.blobs())
         .map(|(index, info)| {
@@ -193,13 +226,21 @@ pub(crate) fn open(source: Source) -> anyhow::Result<RafsFs> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     explore(&image, &blobs);
+    follow::start(&image, &blobs);
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
         image.inode_count(),
         blobs.len()
     );
-    Ok(RafsFs::new(Slot::FIRST, image, blobs))
+    let recorder = source.record.as_deref();
+    let background = Background {
+        prefetch: prefetch::start(&image, &blobs, &source.prefetch),
+        recorder: recorder
+            .map(|path| Recorder::new(&image, path))
+            .transpose()?,
+    };
+    Ok(RafsFs::new(Slot::FIRST, image, blobs, background))
 }
 
 /// Finds out in the background which chunks belong together.

@@ -27,6 +27,7 @@ use crate::cli::MountOptions;
 use crate::config::Login;
 use crate::daemon::Stop;
 use crate::mounts::{self, Source};
+use crate::prefetch::{self, Wish};
 
 /// Where images' metadata is kept in the cache directory.
 const IMAGES: &str = "images";
@@ -69,7 +70,9 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         name: options.image.clone(),
         bootstrap,
         backend: backend(&reference, &access)?,
-        cache_dir: options.cache_dir.clone(),
+        cache: crate::config::Cache::in_dir(&options.cache_dir),
+        prefetch: wish(options)?,
+        record: options.record_files.clone(),
     })
 }
 
@@ -98,7 +101,20 @@ fn bootstrap_file(file: &Path, options: &MountOptions) -> anyhow::Result<Source>
     if options.platform.is_some() || options.plain_http {
         tracing::warn!("--platform and --plain-http have no effect on a bootstrap file");
     }
-    Source::local(file.to_owned(), blobs, &options.cache_dir)
+    let mut source = Source::local(file.to_owned(), blobs, &options.cache_dir)?;
+    source.prefetch = wish(options)?;
+    source.record.clone_from(&options.record_files);
+    Ok(source)
+}
+
+/// What to prefetch.
+fn wish(options: &MountOptions) -> anyhow::Result<Wish> {
+    let files = options.prefetch_files.as_deref();
+    Ok(Wish {
+        files: files.map(prefetch::read_list).transpose()?,
+        all: options.prefetch_all,
+        ..Wish::default()
+    })
 }
 
 /// Who we are: the environment first, then docker's configuration.

@@ -8,6 +8,7 @@ mod bridge;
 pub mod file;
 pub mod http_proxy;
 pub mod local;
+pub mod object;
 pub mod registry;
 
 use std::fmt;
@@ -37,7 +38,8 @@ pub struct Fetch<'a> {
 }
 
 /// Receives the bytes of a fetch in order; an error ends the fetch early with
-/// [`BackendError::Stopped`].
+/// [`BackendError::Stopped`]. Empty pieces mean nothing: a backend sends them while
+/// it waits, several times a second, so that a receiver can end that as well.
 pub type Sink<'a> = dyn FnMut(&[u8]) -> Result<(), Stop> + 'a;
 
 /// The receiver wants no more bytes.

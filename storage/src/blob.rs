@@ -8,7 +8,7 @@
 //! Promises: opening needs no network; the chunk table is fetched on the first
 //! miss and kept in the cache; asking for resident data takes no lock, allocates
 //! nothing and costs an atomic load per chunk; every wait has a deadline. Sequential
-//! readers are kept ahead of by [`readahead`](crate::readahead).
+//! readers are kept ahead of by `readahead`.
 //!
 //! If the cache cannot be written, reads are answered from memory
 //! ([`Served::Memory`]), and [`Blob::cache_state`] says why.
@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,7 +37,7 @@ use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAI
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::readahead::{self, Streams};
-use crate::speculate::{self, Known, Misses, Neighbourhoods};
+use crate::speculate::{self, Known, Misses, Neighbourhoods, Observer};
 use crate::sync::{Arc, OnceLock, Ordering, Weak};
 use crate::units::ChunkIndex;
 
@@ -75,6 +76,7 @@ pub struct Blob {
     streams: Streams,
     misses: Misses,
     neighbourhoods: OnceLock<Neighbourhoods>,
+    observer: OnceLock<Arc<dyn Observer>>,
     /// For readahead, which outlives the call that asks for it.
     this: Weak<Self>,
 }
@@ -93,7 +95,8 @@ impl Blob {
     /// Opens the cache files of a blob, and its chunk table if it is cached.
     ///
     /// Makes no request. Cache files that cannot be opened are no error, see
-    /// [`Blob::cache_state`].
+    /// [`Blob::cache_state`]. Asks for the digest of every chunk once, to see whether
+    /// this image may share the files with those that used them before.
     ///
     /// # Errors
     /// [`ReadError::Table`] for a blob of a kind that is not supported.
@@ -103,9 +106,9 @@ impl Blob {
         backend: Arc<dyn Backend>,
         digests: Arc<dyn ChunkDigests>,
     ) -> Result<Arc<Self>, ReadError> {
-        let table = table::cached(cache, &info)?;
+        let table = table::cached(cache, &info, &*digests)?;
         Ok(Arc::new_cyclic(|this| Self {
-            files: BlobFiles::open(cache, &info),
+            files: BlobFiles::open(cache, &info, Arc::clone(&digests)),
             cache: cache.clone(),
             backend,
             digests,
@@ -115,6 +118,7 @@ impl Blob {
             streams: Streams::default(),
             misses: Misses::default(),
             neighbourhoods: OnceLock::new(),
+            observer: OnceLock::new(),
             this: Weak::clone(this),
             info,
         }))
@@ -130,6 +134,12 @@ impl Blob {
     #[must_use]
     pub fn cache_state(&self) -> CacheState {
         self.files.state()
+    }
+
+    /// The cache file, where it is or will be. It has its full length from the start.
+    #[must_use]
+    pub fn data_path(&self) -> PathBuf {
+        self.files.data_path()
     }
 
     /// Number of resident chunks.
@@ -286,8 +296,10 @@ impl Blob {
         if span.plain.end.checked_sub(span.plain.start) != Some(as_u64(dst.len())) {
             return Err(self.out_of_range(span.plain.clone()));
         }
-        match self.ensure_spans(std::slice::from_ref(span), priority) {
-            Ok(()) => self.read_file(span.plain.start, dst),
+        let resident = self.ensure_spans(std::slice::from_ref(span), priority);
+        match resident.and_then(|()| self.read_file(span.plain.start, dst)) {
+            Ok(()) => Ok(()),
+            // Not written, or somebody shortened the file under us.
             Err(ReadError::Cache { .. }) => {
                 let bytes = self.read_to_memory(span.plain.clone(), priority)?;
                 // Of that length, because the range was.
@@ -302,6 +314,16 @@ impl Blob {
     /// next. Only the first call has an effect.
     pub fn set_neighbourhoods(&self, neighbourhoods: Neighbourhoods) {
         let _ = self.neighbourhoods.set(neighbourhoods);
+    }
+
+    /// Has `observer` told of misses. Only the first call has an effect.
+    pub fn set_observer(&self, observer: Arc<dyn Observer>) {
+        let _ = self.observer.set(observer);
+    }
+
+    /// Fetches chunks in the background, soon; the next one asked for comes first.
+    pub fn speculate(&self, chunks: Range<u32>) {
+        speculate::submit(&self.this, vec![chunks]);
     }
 
     /// The cache file, for front ends that read resident spans by themselves
@@ -332,6 +354,9 @@ impl Blob {
         let ready = |index| self.files.is_ready(index);
         let missing = chunks.find(|index| !ready(ChunkIndex::new(*index)));
         if let Some(index) = missing {
+            if let Some(observer) = self.observer.get() {
+                observer.missed(ChunkIndex::new(index));
+            }
             let known = Known {
                 misses: &self.misses,
                 len: table.len(),
@@ -355,6 +380,7 @@ impl Blob {
             digests: &*self.digests,
             state: &self.fill,
             metrics: self.cache.metrics(),
+            memory: self.cache.memory(),
         }
     }
 
@@ -426,15 +452,22 @@ impl Blob {
 
     fn read_file(&self, at: u64, dst: &mut [u8]) -> Result<(), ReadError> {
         // Exact: a file that somebody shortened is an error, not zeros.
-        self.file()?
-            .read_exact_at(dst, at)
-            .map_err(|error| self.cache_error("reading resident data", error))
+        self.file()?.read_exact_at(dst, at).map_err(|error| {
+            self.check_length();
+            self.cache_error("reading resident data", error)
+        })
+    }
+
+    /// Has the length of the cache file checked, because a read of resident data came
+    /// out short. If the file was shortened it is replaced; the next read fetches again.
+    pub fn check_length(&self) {
+        self.files.found_short();
     }
 
     fn cache_error(&self, action: &'static str, source: io::Error) -> ReadError {
         ReadError::Cache {
             blob: self.info.id.clone(),
-            source: CacheError::new(&self.cache.data_path(&self.info.id), action, source),
+            source: CacheError::new(&self.files.data_path(), action, source),
         }
     }
 

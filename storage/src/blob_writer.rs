@@ -2,7 +2,10 @@
 //!
 //! Chunks arrive digested and compressed, in the order in which they are to be
 //! stored. Small ones may be given as a sealed [`Batch`], or one by one to be batched
-//! here. [`BlobWriter::finish`] adds the sections that the variant has and says what a bootstrap must know.
+//! here. [`BlobWriter::finish`] adds the sections that the variant has and says what
+//! a bootstrap must know. For a layer that is used in place
+//! ([`original`]) the file has the tables only, and chunks are given
+//! by their place in the layer.
 //!
 //! Promises: never seeks, so the output may be a pipe; the same chunks and options
 //! give the same bytes; memory holds the chunk table (16 or 24 bytes per chunk),
@@ -30,6 +33,7 @@ use crate::format::FormatError;
 use crate::format::chunk_table::{Builder, Layout};
 use crate::format::context::BatchContext;
 use crate::format::entry::{Entry, flags};
+use crate::original::{self, Place, Summary};
 use crate::units::{BLOCK_SIZE, ChunkIndex};
 
 pub use batch::{Batch, SealedBatch};
@@ -55,6 +59,8 @@ pub struct BlobOptions {
     /// Bytes of small chunks that are compressed together: 0 for never, or a power
     /// of two from 4 KiB to `chunk_size`.
     pub batch_size: u32,
+    /// Set if chunks stay in an existing layer: then the file is its seek index.
+    pub original: Option<original::Kind>,
 }
 
 impl Default for BlobOptions {
@@ -67,6 +73,7 @@ impl Default for BlobOptions {
             inline_bootstrap: false,
             chunk_info_v2: false,
             batch_size: 0,
+            original: None,
         }
     }
 }
@@ -81,10 +88,20 @@ impl BlobOptions {
     }
 
     fn layout(&self) -> Layout {
-        match (self.batch_size, self.chunk_info_v2) {
-            (0, false) => Layout::V1,
-            (0, true) => Layout::V2,
+        match (self.original, self.batch_size, self.chunk_info_v2) {
+            (Some(original::Kind::Gzip), _, _) => Layout::Zran,
+            (Some(original::Kind::Tar), _, _) => Layout::V2,
+            (None, 0, false) => Layout::V1,
+            (None, 0, true) => Layout::V2,
             _ => Layout::Batch,
+        }
+    }
+
+    /// Of the chunk table.
+    fn table_compressor(&self) -> Compressor {
+        match self.original {
+            Some(_) => Compressor::Zstd,
+            None => self.compressor,
         }
     }
 
@@ -104,6 +121,8 @@ impl BlobOptions {
             (self.inline_bootstrap, BlobFeatures::INLINED_FS_META),
             (self.layout() != Layout::V1, BlobFeatures::CHUNK_INFO_V2),
             (self.layout() == Layout::Batch, BlobFeatures::BATCH),
+            (self.layout() == Layout::Zran, BlobFeatures::ZRAN),
+            (self.original.is_some(), BlobFeatures::SEPARATE),
         ] {
             if wanted {
                 features = features | feature;
@@ -154,6 +173,8 @@ pub enum ChunkData<'a> {
     /// Uncompressed, to be compressed here with its neighbours; for chunks that
     /// [`BlobOptions::batches`] names.
     Batched(&'a [u8]),
+    /// Nothing: the chunk stays where it is, with [`BlobOptions::original`].
+    InPlace(&'a Place),
 }
 
 /// Where a chunk went: what its record in a bootstrap says.
@@ -177,7 +198,8 @@ pub struct FinishedBlob {
     /// The row of a blob table; `None` if no chunk was stored.
     ///
     /// With an embedded bootstrap the id is the real one, all else is as that
-    /// bootstrap says it: it does not know the bytes after itself.
+    /// bootstrap says it: it does not know the bytes after itself. For a layer that
+    /// is used in place it is the id of that layer.
     pub info: Option<BlobInfo>,
     /// Id by the exclusion rule of `docs/format-blob.md`, "Blob ids".
     pub id: BlobId,
@@ -260,6 +282,8 @@ pub struct BlobWriter<W: Write> {
     plain_size: u64,
     batch: Batch,
     encoder: Encoder,
+    /// The layer that the chunks are in, once it is known.
+    layer: Option<Summary>,
 }
 
 impl<W: Write> BlobWriter<W> {
@@ -270,7 +294,12 @@ impl<W: Write> BlobWriter<W> {
     /// allow, [`WriteError::Codec`] for gzip.
     pub fn new(out: W, options: BlobOptions) -> Result<Self, WriteError> {
         options.check()?;
-        let encoder = Encoder::new(options.compressor).map_err(|source| WriteError::Codec {
+        let compressor = match options.original {
+            // Nothing is compressed but the table.
+            Some(_) => Compressor::None,
+            None => options.compressor,
+        };
+        let encoder = Encoder::new(compressor).map_err(|source| WriteError::Codec {
             what: "the blob",
             source,
         })?;
@@ -282,7 +311,14 @@ impl<W: Write> BlobWriter<W> {
             plain_size: 0,
             batch: Batch::default(),
             encoder,
+            layer: None,
         })
+    }
+
+    /// Names the layer that all chunks are in; with [`BlobOptions::original`], before
+    /// the blob is finished.
+    pub fn set_original(&mut self, layer: Summary) {
+        self.layer = Some(layer);
     }
 
     /// Number of chunks stored so far.
@@ -305,6 +341,7 @@ impl<W: Write> BlobWriter<W> {
             ChunkData::Batched(bytes) => self.join_batch(chunk, bytes),
             ChunkData::Compressed(bytes) => self.store(chunk, bytes, flags::COMPRESSED),
             ChunkData::Raw(bytes) => self.store(chunk, bytes, 0),
+            ChunkData::InPlace(place) => self.refer(chunk, place),
         }
     }
 
@@ -326,9 +363,16 @@ impl<W: Write> BlobWriter<W> {
             ChunkData::Raw(bytes) | ChunkData::Batched(bytes) | ChunkData::Compressed(bytes) => {
                 bytes.len()
             }
+            ChunkData::InPlace(_) => 0,
         });
+        let kind = match chunk.data {
+            ChunkData::InPlace(Place::Tar { .. }) => Some(original::Kind::Tar),
+            ChunkData::InPlace(Place::Gzip { .. }) => Some(original::Kind::Gzip),
+            _ => None,
+        };
         let problem = match chunk.data {
             _ if size == 0 || size > self.options.chunk_size => "empty or above the chunk size",
+            _ if kind != self.options.original => "not in the kind of layer that the blob is for",
             ChunkData::Compressed(_) if plain == 0 || plain >= u64::from(size) => {
                 "compressed but not smaller"
             }
@@ -380,6 +424,54 @@ impl<W: Write> BlobWriter<W> {
         })
     }
 
+    /// Notes where a chunk is in its layer.
+    fn refer(
+        &mut self,
+        chunk: &PreparedChunk<'_>,
+        place: &Place,
+    ) -> Result<StoredChunk, WriteError> {
+        // Informative in a gzip, and 24 bits in the table.
+        const MAX_STORED: u64 = (1 << 24) - 1;
+        let (offset, size, flags, data) = match place {
+            Place::Tar { offset } => {
+                let crc = u64::from(chunk.crc32c);
+                let flag = if crc == 0 { 0 } else { flags::HAS_CRC };
+                (*offset, chunk.uncompressed_size, flag, crc)
+            }
+            Place::Gzip {
+                context,
+                within,
+                start,
+                end,
+            } => {
+                // Both are bounded by the 16 MiB that a context can have.
+                let output_size = within.saturating_add(chunk.uncompressed_size);
+                let number = self.table.extend_zran(context, *end, output_size)?;
+                let size = end.saturating_sub(*start).min(MAX_STORED);
+                let data = u64::from(number) << 32 | u64::from(*within);
+                let size = u32::try_from(size).unwrap_or_default();
+                (*start, size, flags::COMPRESSED | flags::ZRAN, data)
+            }
+        };
+        let index = self.table.push(&Entry {
+            plain_offset: self.plain_size,
+            plain_size: chunk.uncompressed_size,
+            offset,
+            size,
+            flags,
+            data,
+        })?;
+        let uncompressed_offset = self.plain_size;
+        self.account(chunk.digest, chunk.uncompressed_size);
+        Ok(StoredChunk {
+            index,
+            compressed: flags & flags::COMPRESSED != 0,
+            compressed_size: size,
+            compressed_offset: offset,
+            uncompressed_offset,
+        })
+    }
+
     fn join_batch(
         &mut self,
         chunk: &PreparedChunk<'_>,
@@ -411,7 +503,7 @@ impl<W: Write> BlobWriter<W> {
             offset: self.sink.len(),
             size: 0,
             flags: flags::COMPRESSED | flags::BATCH,
-            data: u64::from(self.table.batch_count()) << 32 | offset_in_batch,
+            data: u64::from(self.table.context_count()) << 32 | offset_in_batch,
         })?;
         let uncompressed_offset = self.plain_size;
         self.account(digest, size);
@@ -499,8 +591,14 @@ impl<W: Write> BlobWriter<W> {
             Some(tail.write_tables(self.table, &self.digests, chunk_count, self.plain_size)?)
         };
         let (mut info, cct) = stored.map_or((None, Vec::new()), |(info, cct)| (Some(info), cct));
+        let layer = self.layer.unwrap_or_default();
+        let in_place = self.options.original.is_some();
+        if let (Some(info), true) = (&mut info, in_place) {
+            info.id = BlobId::from_digest(&layer.digest);
+            info.compressed_size = layer.size;
+        }
         if self.options.inline_bootstrap {
-            if let Some(info) = &mut info {
+            if let (Some(info), false) = (&mut info, in_place) {
                 info.compressed_size = tail.sink.len();
             }
             let bytes =
@@ -509,14 +607,21 @@ impl<W: Write> BlobWriter<W> {
         }
         let (toc_size, toc_digest) = tail.write_toc()?;
         let file_size = tail.sink.len();
-        let (id, file_sha256) = tail.sink.finish()?;
-        let id = BlobId::from_digest(&id);
+        let (digest, file_sha256) = tail.sink.finish()?;
+        let id = BlobId::from_digest(&digest);
         if let Some(info) = &mut info {
-            info.id = id.clone();
+            if !in_place {
+                info.id = id.clone();
+            }
             if !self.options.inline_bootstrap {
-                info.compressed_size = file_size;
                 info.toc_size = toc_size;
                 info.toc_digest = toc_digest;
+                if in_place {
+                    info.meta_blob_digest = digest;
+                    info.meta_blob_size = file_size;
+                } else {
+                    info.compressed_size = file_size;
+                }
             }
         }
         Ok(FinishedBlob {

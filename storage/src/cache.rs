@@ -1,34 +1,48 @@
 //! The cache directory and the files of one blob in it.
 //!
 //! Per blob there is a sparse file with the uncompressed address space, a
-//! [`ReadyMap`] that says which chunks of it are there, and a copy of the chunk
+//! `ReadyMap` that says which chunks of it are there, and a copy of the chunk
 //! table. Names and layout: `docs/format-blob.md`, "Cache directory".
 //!
 //! Promises: a chunk is marked ready only after its bytes are in the data file; a
-//! data file that had to be created or extended voids an existing map, so that a
-//! lost file never reads as zeros; a directory that cannot be written is reported
-//! once, and used again by itself when it can. Several processes may use one
+//! data file that is new, short or not the one the map speaks of voids the map, so
+//! that a lost file never reads as zeros; a directory that cannot be written is
+//! reported once, and used again by itself when it can. Several processes may use one
 //! directory: bits are shared, and a file is only ever replaced, never shortened.
 //!
-//! Not here yet: a lock per chunk between processes (two may fetch the same chunk,
-//! with the same result; `BlobFiles::store` is the place) and eviction.
+//! Where to read next: `data_file` for how files are opened, `files` for how they are
+//! used, `gc` for how the directory is kept within limits, `vouched` for why one image may believe what another one fetched, `locks` for
+//! what processes agree on.
 
 mod data_file;
+mod files;
+mod gc;
+mod inventory;
+mod locks;
+mod vouched;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+
+pub use files::CacheState;
+pub(crate) use files::{BlobFiles, OpenFiles};
+pub use gc::{Collected, Limits, Removal};
+pub use inventory::{CachedBlob, Usage};
+pub(crate) use locks::ChunkLock;
 
 use crate::blob_id::BlobId;
-use crate::blob_info::BlobInfo;
-use crate::metrics::{Metrics, add};
-use crate::ready_map::{BootId, ReadyMap};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, OnceLock, Ordering, lock};
-use crate::units::ChunkIndex;
+use crate::budget::Budget;
+use crate::metrics::Metrics;
+use crate::ready_map::BootId;
+use crate::sync::{Arc, AtomicU64, Ordering};
 
-/// How long to leave files alone that could not be opened.
-const REOPEN_AFTER: Duration = Duration::from_secs(2);
+/// Ends of the names of the files of a blob, `docs/format-blob.md`, "Cache directory".
+const DATA: &str = ".blob.data";
+const MAP: &str = ".blob.data.chunk_map";
+const SUSPECTS: &str = ".blob.data.suspects";
+const VOUCHED: &str = ".blob.data.vouched";
+const TABLE: &str = ".blob.meta";
 
 /// A file or directory of the cache could not be used.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -52,6 +66,19 @@ impl CacheError {
     }
 }
 
+/// How a cache directory is used.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Where things are counted.
+    pub metrics: Arc<Metrics>,
+    /// How large the cache may become.
+    pub limits: Limits,
+    /// Memory for fetches; give all directories of a process the same.
+    pub memory: Budget,
+    /// The run of the machine, if it is not what the system says: for tests.
+    pub boot: Option<BootId>,
+}
+
 /// A directory with cached blobs. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct CacheDir(Arc<Inner>);
@@ -60,7 +87,8 @@ pub struct CacheDir(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     boot: BootId,
-    metrics: Arc<Metrics>,
+    settings: Settings,
+    upkeep: gc::Upkeep,
 }
 
 impl CacheDir {
@@ -80,16 +108,34 @@ impl CacheDir {
     /// # Errors
     /// As for [`CacheDir::open`].
     pub fn open_with(path: &Path, metrics: Arc<Metrics>) -> Result<Self, CacheError> {
-        let boot = BootId::current().unwrap_or_else(|error| {
-            tracing::warn!(%error, "no boot id: cached chunks are checked before they are used");
-            BootId::unknown()
-        });
-        Self::open_in_boot(path, metrics, boot)
+        let settings = Settings {
+            metrics,
+            ..Settings::default()
+        };
+        Self::open_as(path, settings)
+    }
+
+    /// The same, with other settings than the usual ones. Limits are kept by every
+    /// process for itself: let those that share a directory have the same.
+    ///
+    /// # Errors
+    /// As for [`CacheDir::open`].
+    pub fn open_as(path: &Path, settings: Settings) -> Result<Self, CacheError> {
+        let current = || {
+            BootId::current().unwrap_or_else(|error| {
+                tracing::warn!(%error, "no boot id: cached chunks are checked before they are used");
+                BootId::unknown()
+            })
+        };
+        let boot = settings.boot.unwrap_or_else(current);
+        let dir = Self::open_in_boot(path, settings, boot)?;
+        dir.look_soon();
+        Ok(dir)
     }
 
     pub(crate) fn open_in_boot(
         path: &Path,
-        metrics: Arc<Metrics>,
+        settings: Settings,
         boot: BootId,
     ) -> Result<Self, CacheError> {
         use std::os::unix::fs::DirBuilderExt as _;
@@ -104,7 +150,8 @@ impl CacheDir {
         Ok(Self(Arc::new(Inner {
             path,
             boot,
-            metrics,
+            settings,
+            upkeep: gc::Upkeep::default(),
         })))
     }
 
@@ -117,25 +164,33 @@ impl CacheDir {
     /// What is counted about the blobs of this directory.
     #[must_use]
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.0.metrics
+        &self.0.settings.metrics
     }
 
-    /// The file with the uncompressed address space of a blob.
+    /// Memory for fetches into this directory.
+    pub(crate) fn memory(&self) -> &Budget {
+        &self.0.settings.memory
+    }
+
+    /// The file with the uncompressed address space of a blob. An image that
+    /// contradicts the one it was made for has another: [`Blob::data_path`].
+    ///
+    /// [`Blob::data_path`]: crate::blob::Blob::data_path
     #[must_use]
     pub fn data_path(&self, blob: &BlobId) -> PathBuf {
-        self.0.path.join(format!("{blob}.blob.data"))
+        self.0.path.join(format!("{blob}{DATA}"))
     }
 
     /// The ready map of a blob.
     #[must_use]
     pub fn map_path(&self, blob: &BlobId) -> PathBuf {
-        self.0.path.join(format!("{blob}.blob.data.chunk_map"))
+        self.0.path.join(format!("{blob}{MAP}"))
     }
 
     /// The chunk table of a blob, for `SEPARATE` blobs too.
     #[must_use]
     pub fn table_path(&self, blob: &BlobId) -> PathBuf {
-        self.0.path.join(format!("{blob}.blob.meta"))
+        self.0.path.join(format!("{blob}{TABLE}"))
     }
 }
 
@@ -148,176 +203,6 @@ pub(crate) fn temporary_name(path: &Path) -> PathBuf {
     // creation with O_EXCL fails then, and is tried again later.
     name.push(format!(".{}-{number}.tmp", std::process::id()));
     path.with_file_name(name)
-}
-
-/// Whether the cache of a blob takes new chunks.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum CacheState {
-    /// As far as known, it does.
-    Writable,
-    /// It does not; reads go on from memory.
-    Unwritable(CacheError),
-}
-
-/// Data file and map of one blob.
-#[derive(Debug)]
-pub(crate) struct BlobFiles {
-    dir: CacheDir,
-    blob: BlobId,
-    size: u64,
-    chunks: u32,
-    open: OnceLock<OpenFiles>,
-    trouble: Mutex<Trouble>,
-    /// Whether `trouble` holds an error: saves the lock when all is well.
-    troubled: AtomicBool,
-}
-
-#[derive(Debug)]
-pub(crate) struct OpenFiles {
-    pub(crate) data: File,
-    pub(crate) map: ReadyMap,
-}
-
-#[derive(Debug, Default)]
-struct Trouble {
-    error: Option<CacheError>,
-    /// When the files could not be opened, and whether somebody is trying again.
-    tried: Option<Instant>,
-}
-
-impl BlobFiles {
-    /// Opens the files of a blob; if that fails, it is tried again later.
-    pub(crate) fn open(dir: &CacheDir, info: &BlobInfo) -> Self {
-        let files = Self {
-            dir: dir.clone(),
-            blob: info.id.clone(),
-            size: info.uncompressed_size,
-            chunks: info.chunk_count,
-            open: OnceLock::new(),
-            trouble: Mutex::default(),
-            troubled: AtomicBool::new(false),
-        };
-        files.try_open();
-        files
-    }
-
-    /// The open files. No lock; `None` while they cannot be opened.
-    pub(crate) fn get(&self) -> Option<&OpenFiles> {
-        self.open.get()
-    }
-
-    /// Whether the chunk is in the data file. No lock.
-    pub(crate) fn is_ready(&self, index: ChunkIndex) -> bool {
-        self.get().is_some_and(|files| files.map.is_ready(index))
-    }
-
-    pub(crate) fn state(&self) -> CacheState {
-        match &lock(&self.trouble).error {
-            None => CacheState::Writable,
-            Some(error) => CacheState::Unwritable(error.clone()),
-        }
-    }
-
-    /// Writes the verified bytes of a chunk, then marks it ready.
-    ///
-    /// # Errors
-    /// If the bytes could not be written; the chunk is not ready then.
-    pub(crate) fn store(
-        &self,
-        index: ChunkIndex,
-        plain_offset: u64,
-        bytes: &[u8],
-    ) -> Result<(), CacheError> {
-        use std::os::unix::fs::FileExt as _;
-        if self.get().is_none() {
-            self.try_open();
-        }
-        let Some(files) = self.get() else {
-            return Err(self.last_error());
-        };
-        if let Err(source) = files.data.write_all_at(bytes, plain_offset) {
-            let path = self.dir.data_path(&self.blob);
-            let error = CacheError::new(&path, "writing a chunk", source);
-            self.note_failure(&error);
-            return Err(error);
-        }
-        // Only now, and never before: a marked hole would be served as zeros.
-        files.map.mark(index);
-        self.note_success();
-        Ok(())
-    }
-
-    fn last_error(&self) -> CacheError {
-        lock(&self.trouble).error.clone().unwrap_or_else(|| {
-            let path = self.dir.data_path(&self.blob);
-            CacheError::new(&path, "opening", io::ErrorKind::Other.into())
-        })
-    }
-
-    fn try_open(&self) {
-        {
-            let mut trouble = lock(&self.trouble);
-            if trouble
-                .tried
-                .is_some_and(|tried| tried.elapsed() < REOPEN_AFTER)
-            {
-                return;
-            }
-            trouble.tried = Some(Instant::now());
-        }
-        match data_file::open(
-            &self.dir,
-            &self.blob,
-            self.size,
-            self.chunks,
-            &self.dir.0.boot,
-        ) {
-            Ok(files) => {
-                // If another thread was faster, its files are as good.
-                let _ = self.open.set(files);
-                self.note_success();
-            }
-            Err(error) => self.note_failure(&error),
-        }
-    }
-
-    fn note_failure(&self, error: &CacheError) {
-        let first = lock(&self.trouble).error.replace(error.clone()).is_none();
-        self.troubled.store(true, Ordering::Relaxed);
-        if first {
-            add(&self.dir.metrics().unwritable, 1);
-            tracing::warn!(
-                blob = %self.blob,
-                path = %error.path.display(),
-                cause = %error.source,
-                "the cache cannot be written ({}); reads go on from memory", error.action
-            );
-        }
-    }
-
-    fn note_success(&self) {
-        if self.troubled.swap(false, Ordering::Relaxed)
-            && lock(&self.trouble).error.take().is_some()
-        {
-            self.dir
-                .metrics()
-                .unwritable
-                .fetch_sub(1, Ordering::Relaxed);
-            tracing::info!(blob = %self.blob, "the cache can be written again");
-        }
-    }
-}
-
-impl Drop for BlobFiles {
-    fn drop(&mut self) {
-        if lock(&self.trouble).error.take().is_some() {
-            self.dir
-                .metrics()
-                .unwritable
-                .fetch_sub(1, Ordering::Relaxed);
-        }
-    }
 }
 
 #[cfg(test)]

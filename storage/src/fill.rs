@@ -5,15 +5,24 @@
 //! chunks while they stream in (`unpack`). Then it waits for the chunks that
 //! other readers were fetching already (`flight`).
 //!
+//! Between processes that share the cache directory, a lock per chunk does the same
+//! (`machine`).
+//!
 //! Promises: a chunk is fetched once, however many readers wait; its waiters go on
 //! as soon as it is done, not when the request is; nothing is served or marked
 //! ready unverified; no lock is held during network or disk I/O; a failure leaves
 //! no trace, and stays with the chunks it concerns.
 //!
 //! The work runs on the caller's thread. Memory per caller: one request of at most
-//! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece.
+//! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece; of all callers
+//! together: what the [`Budget`] allows.
 
 mod flight;
+#[cfg(test)]
+mod flight_tests;
+mod machine;
+#[cfg(test)]
+mod model;
 mod plan;
 mod recent;
 mod unpack;
@@ -25,6 +34,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 pub(crate) use flight::{Claim, Flights, Outcome};
+use machine::Locked;
 use plan::{Member, Piece};
 use recent::Recent;
 use unpack::{Job, Unpacker};
@@ -32,13 +42,14 @@ use unpack::{Job, Unpacker};
 use crate::backend::{Backend, BackendError, Fetch, Priority};
 use crate::blob_id::BlobId;
 use crate::blob_info::BlobInfo;
+use crate::budget::{Budget, Grant};
 use crate::cache::BlobFiles;
 use crate::digest::{ChunkDigests, Digest};
 use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
 use crate::metrics::{Metrics, add, add_time};
-use crate::sync::{Arc, AtomicBool, Ordering};
+use crate::sync::{self, Arc, AtomicBool, Ordering};
 use crate::units::ChunkIndex;
 
 /// Longest wait for another reader's fetch. Above the deadline of any backend, so
@@ -67,6 +78,7 @@ pub(crate) struct Filler<'a> {
     pub(crate) digests: &'a dyn ChunkDigests,
     pub(crate) state: &'a FillState,
     pub(crate) metrics: &'a Metrics,
+    pub(crate) memory: &'a Budget,
 }
 
 /// What to do with chunks that cannot be written to the cache file.
@@ -179,8 +191,13 @@ impl<'a> Filler<'a> {
                 return Err(self.stopped());
             }
             let pieces = self.next_pieces(&mut at, range.end, request)?;
+            if pieces.is_empty() {
+                continue;
+            }
+            // Before the claim: nobody waits for chunks of a reader without memory.
+            let memory = self.memory(plan::memory(&pieces), request.priority)?;
             let jobs = self.claim(pieces, request.priority);
-            self.lead(jobs, request);
+            self.lead(jobs, memory, request);
             request.check()?;
         }
         Ok(())
@@ -254,15 +271,40 @@ impl<'a> Filler<'a> {
             .collect()
     }
 
+    fn memory(&self, bytes: u64, priority: Priority) -> Result<Grant, ReadError> {
+        let start = Instant::now();
+        let stop = &self.state.stopped;
+        let grant = self
+            .memory
+            .take(bytes, priority, start + WAIT_LIMIT, stop)
+            .ok_or_else(|| self.no_result(ChunkIndex::new(0), start.elapsed()))?;
+        add_time(&self.metrics.memory_wait_time, start);
+        Ok(grant)
+    }
+
     /// Delivers claimed chunks from wherever they are cheapest.
-    fn lead(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
-        let jobs = jobs
-            .into_iter()
-            .filter_map(|job| self.without_local(job, request))
-            .collect();
-        for (range, jobs) in plan::units(jobs, plan::gap(request.priority), |job: &Job<'_>| {
-            &job.stored
-        }) {
+    fn lead(&self, jobs: Vec<Job<'a>>, memory: Grant, request: &mut Request<'_>) {
+        let mut ours = Vec::new();
+        let mut elsewhere = Vec::new();
+        for job in jobs {
+            let Some(job) = self.without_local(job, request) else {
+                continue;
+            };
+            match self.lock(job, request) {
+                Locked::Ours(job) => ours.push(job),
+                Locked::Elsewhere(job) => elsewhere.push(job),
+                Locked::Done => {}
+            }
+        }
+        self.fetch(ours, request);
+        drop(memory);
+        // Only now: whoever waits for another process holds nothing that one may want.
+        self.await_other_processes(elsewhere, request);
+    }
+
+    fn fetch(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
+        let gap = plan::gap(request.priority);
+        for (range, jobs) in plan::units(jobs, gap, |job: &Job<'_>| &job.stored) {
             self.fetch_unit(range, jobs.into(), request);
         }
     }
@@ -295,7 +337,7 @@ impl<'a> Filler<'a> {
             add(&self.metrics.recheck_failures, 1);
             return None;
         }
-        files.map.mark(member.index);
+        files.believe(member.index, member.size);
         add(&self.metrics.chunks_rechecked, 1);
         Some(Outcome::Stored)
     }

@@ -11,7 +11,16 @@
 //! 5. [`cache`] holds the file that front ends read from.
 //!
 //! The container format of a blob file (chunk tables, TOC, tar headers) is in
-//! [`mod@format`]; it is shared with the builder.
+//! [`mod@format`]; it is shared with the builder, which writes blobs with
+//! [`blob_writer`], and reads layers that stay what they are with [`original`].
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::duplicate_mod,
+        reason = "fill::model compiles a module once more, with the locks of a model checker"
+    )
+)]
 
 pub mod algorithm;
 pub mod backend;
@@ -19,6 +28,7 @@ pub mod blob;
 pub mod blob_id;
 pub mod blob_info;
 pub mod blob_writer;
+pub mod budget;
 pub mod cache;
 pub mod chunk;
 pub mod codec;
@@ -26,9 +36,12 @@ pub mod digest;
 pub mod error;
 pub mod fill;
 pub mod format;
+mod gzip_blocks;
 pub mod mapped;
 pub mod metrics;
 pub mod oci;
+pub mod original;
+pub mod prefetch;
 mod readahead;
 pub mod ready_map;
 pub mod speculate;

@@ -67,6 +67,8 @@ metrics! {
     fetch_failures: Counter, "backend.fetch_failures", "requests", "Fetches that failed after all attempts.";
     retries: Counter, "backend.retries", "requests", "Attempts after the first of a fetch.";
     redirects_renewed: Counter, "backend.redirects_renewed", "requests", "Remembered redirects that had expired.";
+    bytes_skipped: Counter, "backend.bytes_skipped", "bytes", "Bytes read and thrown away because a server ignores ranges.";
+    mirror_failures: Counter, "backend.mirror_failures", "requests", "Requests to a mirror that another source had to serve.";
     chunks_filled: Counter, "cache.chunks_filled", "chunks", "Chunks fetched, verified and written to the cache.";
     bytes_filled: Counter, "cache.bytes_filled", "bytes", "Uncompressed bytes written to the cache.";
     chunks_in_memory: Counter, "cache.chunks_in_memory", "chunks", "Chunks served from memory because the cache could not be written.";
@@ -74,8 +76,13 @@ metrics! {
     recheck_failures: Counter, "cache.recheck_failures", "chunks", "Cached chunks found bad after an unclean restart of the machine.";
     write_failures: Counter, "cache.write_failures", "chunks", "Chunks that could not be written to the cache.";
     unwritable: Gauge, "cache.unwritable", "blobs", "Open blobs whose cache files cannot be written at the moment.";
+    blobs_evicted: Counter, "cache.blobs_evicted", "blobs", "Cached blobs deleted to keep the cache within its limits.";
+    bytes_evicted: Counter, "cache.bytes_evicted", "bytes", "Disk space that they took.";
+    bytes_cached: Gauge, "cache.bytes", "bytes", "Disk space of the cache directory when it was last looked at.";
     verify_failures: Counter, "fill.verify_failures", "chunks", "Chunks that did not decode or did not match their digest.";
+    memory_wait_time: Counter, "fill.memory_wait_time", "nanoseconds", "Time that fetches waited for memory that others were using.";
     waits: Counter, "fill.waits", "waits", "Times a reader waited for a chunk that another one fetched.";
+    waits_for_processes: Counter, "fill.waits_for_processes", "waits", "Times chunks were left to another process that was fetching them.";
     wait_time: Counter, "fill.wait_time", "nanoseconds", "Time that readers spent in these waits.";
 }
 

@@ -5,24 +5,32 @@
 //!
 //! After the machine restarted, a set bit may have reached the disk without the
 //! data it speaks of. The map therefore records the boot it was written in. Opened
-//! in another boot, its bits are cleared on disk and remembered as *suspects*,
+//! in another boot, its bits are cleared and kept as *suspects* in a second map,
 //! which [`fill`](crate::fill) believes again once the data in the cache file
 //! matches the digest of the chunk. That gives safety across power loss without a
-//! flush per chunk.
+//! flush per chunk. The same happens if the data file is not the one that the map
+//! was made for.
 //!
-//! Promises: no lock and no system call to ask or to mark; a map whose length,
-//! header or data file is not what it must be counts as empty. A map is never
-//! emptied in place while others may use it: it is replaced by a new file.
+//! There is one short cut: [`ReadyMap::synced`] records a hash of the bitmap at a
+//! moment when everything it speaks of was on the disk. If the bitmap still has that
+//! hash after a restart, its bits are believed. No flush is needed before the next
+//! bit is set, because the bitmap then no longer has that hash.
+//!
+//! Promises: no lock and no system call to ask or to mark; a map whose length or
+//! header is not what it must be counts as empty. A map is never emptied in place,
+//! because others may use it, with another data file even: it is replaced.
 //!
 //! Layout: `docs/format-blob.md`, "Chunk map". Callers hold the lock of the data
 //! file while they open a map, see [`cache`](crate::cache).
 
+mod file;
 mod shared_bytes;
+mod suspects;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
 
 use shared_bytes::SharedBytes;
 
@@ -35,10 +43,14 @@ const VERSION: [u8; 4] = 1_u32.to_le_bytes();
 const MAGIC2: [u8; 4] = 0x434d_4150_u32.to_le_bytes();
 const ALL_READY: [u8; 4] = 0x4d4d_4150_u32.to_le_bytes();
 const MARKER_AT: usize = 12;
-/// Start of the boot record, in the part of the header that others leave zero.
-const BOOT_TAG_AT: usize = 16;
-const BOOT_TAG: [u8; 8] = *b"bootid\x01\0";
-const BOOT_ID_AT: usize = BOOT_TAG_AT + BOOT_TAG.len();
+/// Our record, in the part of the header that others leave zero.
+const TAG_AT: usize = 16;
+const TAG: [u8; 8] = *b"bootid\x02\0";
+const BOOT_ID_AT: usize = TAG_AT + TAG.len();
+const DATA_ID_AT: usize = BOOT_ID_AT + 16;
+/// Hash of the bitmap when it was last known to be on the disk with its data; or zero.
+const SYNCED_AT: usize = DATA_ID_AT + 16;
+const RECORD_LEN: usize = SYNCED_AT + 32 - TAG_AT;
 
 /// One run of the machine: what `/proc/sys/kernel/random/boot_id` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +73,12 @@ impl BootId {
         Self([0; 16])
     }
 
+    /// A run of the machine that never was: for tests.
+    #[must_use]
+    pub const fn invented(number: u8) -> Self {
+        Self([number; 16])
+    }
+
     fn parse(text: &str) -> Option<Self> {
         let hex = text.trim().replace('-', "");
         let number = u128::from_str_radix(&hex, 16)
@@ -71,60 +89,137 @@ impl BootId {
             u8::try_from((number >> (8 * i)) & 0xff).unwrap_or(0)
         })))
     }
+}
 
-    /// An identifier for tests.
-    #[cfg(test)]
-    pub(crate) const fn test(run: u8) -> Self {
-        Self([run; 16])
+/// Tells a data file from any other that had or will have its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct DataFileId([u8; 16]);
+
+impl DataFileId {
+    /// Inode number, which is used again after a file is deleted, and time of birth.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        // A file system without times of birth: the inode number must do.
+        let born = meta
+            .created()
+            .ok()
+            .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok())
+            .and_then(|time| u64::try_from(time.as_nanos()).ok());
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&meta.ino().to_le_bytes());
+        id[8..].copy_from_slice(&born.unwrap_or(0).to_le_bytes());
+        Ok(Self(id))
     }
 }
 
-/// What is known about the data file that a map speaks of.
+/// What was found in the place of a map, see [`ReadyMap::find`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DataFile {
-    /// It was there, with its full length.
-    Kept,
-    /// It was created or extended, so it holds nothing; an existing map is void.
-    Fresh,
+pub enum Found {
+    /// No map, or something else.
+    Nothing,
+    /// A map of this boot.
+    Current,
+    /// A map of another boot, which was on the disk together with its data.
+    Synced,
+    /// A map of another boot, of another data file or of another program.
+    Doubtful,
 }
 
 /// The map of one blob.
 #[derive(Debug)]
 pub struct ReadyMap {
     bytes: SharedBytes,
+    file: File,
     chunks: u32,
-    /// Bits that were set in an earlier boot and have not been checked since.
-    suspects: Box<[AtomicU8]>,
+    /// Bits of an earlier boot that have not been checked since. Hints only: what
+    /// they say is checked before it is believed.
+    suspects: Option<SharedBytes>,
     /// Bytes of the bitmap that are known to be complete: everything before.
     complete: AtomicUsize,
 }
 
-impl ReadyMap {
-    /// Opens the map at `path`, or makes an empty one.
-    ///
-    /// * `chunks`: number of chunks of the blob.
-    /// * `data`: whether the data file can hold what an existing map says.
-    ///
-    /// # Errors
-    /// What the system says; [`io::ErrorKind::StorageFull`] if there is no space for it.
-    pub fn open(path: &Path, chunks: u32, data: DataFile, boot: &BootId) -> io::Result<Self> {
-        if data == DataFile::Kept
-            && let Some(bytes) = open_existing(path, chunks)?
-        {
-            let mut map = Self::new(bytes, chunks);
-            map.doubt_earlier_boot(boot);
-            return Ok(map);
-        }
-        create(path, chunks, boot).map(|bytes| Self::new(bytes, chunks))
+/// A map that was looked at and not changed yet.
+#[derive(Debug)]
+pub struct Candidate {
+    existing: Option<(File, SharedBytes)>,
+    found: Found,
+    path: PathBuf,
+    chunks: u32,
+    boot: BootId,
+    data: DataFileId,
+}
+
+impl Candidate {
+    /// What was found.
+    #[must_use]
+    pub fn found(&self) -> Found {
+        self.found
     }
 
-    fn new(bytes: SharedBytes, chunks: u32) -> Self {
-        Self {
+    /// Makes the map usable in this boot; an empty one if nothing was found.
+    ///
+    /// * `suspects`: the file for bits that are not believed.
+    ///
+    /// # Errors
+    /// What the system says; [`io::ErrorKind::StorageFull`] if there is no space.
+    pub fn open(self, suspects: &Path) -> io::Result<ReadyMap> {
+        let create = || file::create(&self.path, self.chunks, &self.boot, self.data);
+        let (file, bytes) = match (self.existing, self.found) {
+            (Some(map), Found::Current) => map,
+            (Some((file, bytes)), Found::Synced) => {
+                file.write_all_at(&self.boot.0, at(BOOT_ID_AT))?;
+                (file, bytes)
+            }
+            (Some((_, bytes)), _) => {
+                // First the suspects, then the empty map in the place of the full
+                // one: after a crash in between the bits are doubted once more.
+                suspects::add(suspects, &bytes, self.chunks)?;
+                create()?
+            }
+            (None, _) => {
+                file::remove(suspects)?;
+                create()?
+            }
+        };
+        Ok(ReadyMap {
             bytes,
-            chunks,
-            suspects: Box::default(),
+            file,
+            chunks: self.chunks,
+            suspects: suspects::open(suspects, self.chunks)?,
             complete: AtomicUsize::new(0),
-        }
+        })
+    }
+}
+
+impl ReadyMap {
+    /// Looks at the map at `path` and changes nothing.
+    ///
+    /// * `chunks`: number of chunks of the blob.
+    /// * `data`: the data file that the map should speak of.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn find(
+        path: &Path,
+        chunks: u32,
+        data: DataFileId,
+        boot: &BootId,
+    ) -> io::Result<Candidate> {
+        let existing = file::open(path, chunks)?;
+        let found = existing.as_ref().map_or(Found::Nothing, |(_, bytes)| {
+            judge(bytes, chunks, data, boot)
+        });
+        Ok(Candidate {
+            existing,
+            found,
+            path: path.to_owned(),
+            chunks,
+            boot: *boot,
+            data,
+        })
     }
 
     /// Number of chunks of the blob.
@@ -161,15 +256,14 @@ impl ReadyMap {
     #[must_use]
     pub fn is_suspect(&self, index: ChunkIndex) -> bool {
         let (byte, mask) = position(index);
-        self.suspects
-            .get(byte)
+        self.suspect_byte(byte)
             .is_some_and(|bits| bits.load(Ordering::Relaxed) & mask != 0)
     }
 
     /// Forgets a suspicion, because the chunk was checked.
     pub fn clear_suspect(&self, index: ChunkIndex) {
         let (byte, mask) = position(index);
-        if let Some(bits) = self.suspects.get(byte) {
+        if let Some(bits) = self.suspect_byte(byte) {
             bits.fetch_and(!mask, Ordering::Relaxed);
         }
     }
@@ -202,32 +296,35 @@ impl ReadyMap {
             return false;
         }
         if self.bytes.load(MARKER_AT) != ALL_READY {
-            self.bytes.store(MARKER_AT, &ALL_READY);
+            // By a system call, which can fail: a store into the map of a disk that
+            // went bad would end the process. The bits alone say the same.
+            let _ = self.file.write_all_at(&ALL_READY, at(MARKER_AT));
         }
         true
     }
 
-    /// Turns the bits of another boot into suspects.
+    /// Puts map and data on the disk and records that they are: after a restart of
+    /// the machine the bits that are set now are believed. Blocks for as long as
+    /// the disk takes.
     ///
-    /// The bits go first and the new boot is recorded last: a process that dies in
-    /// between leaves fewer bits, never bits that are believed without a check.
-    fn doubt_earlier_boot(&mut self, boot: &BootId) {
-        let recorded =
-            self.bytes.load(BOOT_TAG_AT) == BOOT_TAG && self.bytes.load(BOOT_ID_AT) == boot.0;
-        if recorded && *boot != BootId::unknown() {
-            return;
+    /// * `sync_data`: puts everything on the disk that the map speaks of.
+    ///
+    /// # Errors
+    /// What the system says; nothing is recorded then.
+    pub fn synced(&self, sync_data: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        // Before the flush: bits that others set meanwhile are not covered by it. If
+        // there are any, the bitmap has another hash.
+        let hash = hash(&self.bytes, self.chunks, &self.bytes.load(DATA_ID_AT));
+        if self.bytes.load(SYNCED_AT) == hash {
+            return Ok(());
         }
-        self.bytes.store(MARKER_AT, &[0; 4]);
-        self.suspects = (0..bitmap_len(self.chunks))
-            .map(|byte| {
-                let bits = self
-                    .bit_byte(byte)
-                    .map_or(0, |bits| bits.swap(0, Ordering::AcqRel));
-                AtomicU8::new(bits)
-            })
-            .collect();
-        self.bytes.store(BOOT_ID_AT, &boot.0);
-        self.bytes.store(BOOT_TAG_AT, &BOOT_TAG);
+        sync_data()?;
+        self.file.write_all_at(&hash, at(SYNCED_AT))?;
+        self.file.sync_data()
+    }
+
+    fn suspect_byte(&self, byte: usize) -> Option<&AtomicU8> {
+        self.suspects.as_ref()?.get(HEADER_SIZE.checked_add(byte)?)
     }
 
     fn bit_byte(&self, byte: usize) -> Option<&AtomicU8> {
@@ -259,60 +356,37 @@ fn bitmap_len(chunks: u32) -> usize {
     ChunkIndex::new(chunks).as_usize().div_ceil(8)
 }
 
-/// Maps the file if it is a map of that many chunks; `None` if it is not, or absent.
-fn open_existing(path: &Path, chunks: u32) -> io::Result<Option<SharedBytes>> {
-    let file = match OpenOptions::new().read(true).write(true).open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let meta = file.metadata()?;
-    if !meta.is_file() || meta.len() != crate::codec::as_u64(HEADER_SIZE + bitmap_len(chunks)) {
-        tracing::warn!(path = %path.display(), "ready map has a wrong length; starting from empty");
-        return Ok(None);
+/// What a map that was found is good for.
+fn judge(bytes: &SharedBytes, chunks: u32, data: DataFileId, boot: &BootId) -> Found {
+    let ours = bytes.load(TAG_AT) == TAG && bytes.load(DATA_ID_AT) == data.0;
+    if !ours {
+        Found::Doubtful
+    } else if bytes.load(BOOT_ID_AT) == boot.0 && *boot != BootId::unknown() {
+        Found::Current
+    } else if bytes.load(SYNCED_AT) == hash(bytes, chunks, &data.0) {
+        Found::Synced
+    } else {
+        Found::Doubtful
     }
-    allocate(&file, meta.len())?;
-    let bytes = SharedBytes::map(&file)?;
-    let header = [bytes.load(0), bytes.load(4), bytes.load(8)];
-    if header != [MAGIC, VERSION, MAGIC2] {
-        tracing::warn!(path = %path.display(), "not a ready map; starting from empty");
-        return Ok(None);
-    }
-    Ok(Some(bytes))
 }
 
-/// Makes an empty map and puts it in the place of whatever is at `path`.
-fn create(path: &Path, chunks: u32, boot: &BootId) -> io::Result<SharedBytes> {
-    let temporary = crate::cache::temporary_name(path);
-    let made = (|| {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        let len = crate::codec::as_u64(HEADER_SIZE + bitmap_len(chunks));
-        file.set_len(len)?;
-        allocate(&file, len)?;
-        let bytes = SharedBytes::map(&file)?;
-        bytes.store(BOOT_ID_AT, &boot.0);
-        bytes.store(BOOT_TAG_AT, &BOOT_TAG);
-        bytes.store(0, &[MAGIC, VERSION, MAGIC2].concat());
-        fs::rename(&temporary, path)?;
-        Ok(bytes)
-    })();
-    if made.is_err() {
-        // Best effort: the file is small and is ignored by everyone.
-        let _ = fs::remove_file(&temporary);
+/// Hash of a bitmap and of what it speaks of; never zero in practice.
+fn hash(bytes: &SharedBytes, chunks: u32, data: &[u8; 16]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(data).update(&chunks.to_le_bytes());
+    let mut at = HEADER_SIZE;
+    let end = HEADER_SIZE + bitmap_len(chunks);
+    while at < end {
+        let block: [u8; 1024] = bytes.load(at);
+        hasher.update(block.get(..end - at).unwrap_or(&block));
+        at += block.len();
     }
-    made
+    hasher.finalize().into()
 }
 
-/// Gives every page a block now: on a full disk this fails, a later store to the
-/// map would end the process.
-fn allocate(file: &File, len: u64) -> io::Result<()> {
-    let len = i64::try_from(len).map_err(io::Error::other)?;
-    nix::fcntl::posix_fallocate(file, 0, len).map_err(io::Error::from)
+/// A position in the header as an offset in the file.
+fn at(position: usize) -> u64 {
+    crate::codec::as_u64(position)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! A miss costs a round trip during which the link carries nothing. A start of a
 //! container is a row of some hundred misses, so that time is worth more than the
-//! bytes it could carry: on a miss [`Known::guess`] names chunks near it, and a few
+//! bytes it could carry: on a miss `Known::guess` names chunks near it, and a few
 //! background threads fetch them, newest guesses first.
 //!
 //! Two kinds of guesses, both made from chunk numbers and sizes alone, so that every
@@ -10,7 +10,7 @@
 //!
 //! * *The rest of the file.* A file is cut into chunks of the full size and a shorter
 //!   one, so a row of full chunks is a file. Programs read most of what they open. Files
-//!   above [`WHOLE_FILE`] are left to [`readahead`](crate::readahead).
+//!   above `WHOLE_FILE` are left to `readahead`.
 //! * *The neighbours.* The files of a directory lie next to each other in a blob, and a
 //!   program that has read two of them will read more. [`Neighbourhoods`] tells where one
 //!   directory ends and the next begins. Only small files count, and the more misses,
@@ -104,6 +104,12 @@ impl Neighbourhoods {
         }
         start..end
     }
+}
+
+/// Hears of misses, to guess better than the numbers of chunks allow.
+pub trait Observer: Send + Sync + std::fmt::Debug {
+    /// A reader is about to fetch `chunk`. Must not block.
+    fn missed(&self, chunk: ChunkIndex);
 }
 
 /// The latest misses of one blob.

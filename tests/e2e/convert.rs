@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 use support::binaries::nydus_image;
 use support::command::{Finished, run, succeed};
-use support::image::layer::write_tree;
+use support::image::layer::{write_tree, write_tree_without_holes};
 use support::image::layout::{self, Image};
 use support::process::Process;
 use support::proxy::{Fault, Proxy};
@@ -37,6 +37,25 @@ impl Source {
         let layout = scene.path("layout");
         layout::write(&layout, "test", &[Image::new(&tars)]).unwrap();
         let [_, _, tree] = states;
+        Self { layout, tree }
+    }
+
+    /// Two layers, as tar programs write them that do not look for holes.
+    fn without_holes(scene: &Scene) -> Self {
+        let tree = scene.nasty_tree(nasty::Options {
+            without_sockets: true,
+            without_huge: true,
+        });
+        let tars = [scene.path("lower.tar"), scene.path("upper.tar")];
+        write_tree_without_holes(&tree, &tars[0]).unwrap();
+        fs::write(tree.join("extra"), "in the upper layer\n").unwrap();
+        let mut upper = Command::new("tar");
+        upper.args(["--no-recursion", "--format=pax", "-cf"]);
+        upper.arg(&tars[1]).arg("-C").arg(&tree);
+        succeed(upper.args([".", "extra"])).unwrap();
+        let layout = scene.path("layout");
+        let image = Image::new(&[&tars[0], &tars[1]]);
+        layout::write(&layout, "test", &[image]).unwrap();
         Self { layout, tree }
     }
 
@@ -456,4 +475,118 @@ fn peak_memory_kib(id: u32) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|text| text.split_whitespace().next()?.parse().ok())
         .unwrap_or(0)
+}
+
+#[test]
+fn layers_used_in_place() {
+    let scene = Scene::new();
+    let source = Source::without_holes(&scene);
+    let registry = Registry::start(Auth::Open).unwrap();
+    registry.push(&source.layout, "test", "app:v1").unwrap();
+    let from = registry.reference("app:v1");
+    let originals: Vec<String> = image_in(&source.layout).manifest["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|layer| layer["digest"].as_str().unwrap().to_owned())
+        .collect();
+
+    // In one repository, the layers stay where they are; in another one, they are needed too.
+    for (name, written) in [("app:ref", 4), ("other:ref", 6)] {
+        let to = registry.reference(name);
+        let mark = registry.log().len();
+        succeed(convert(&scene, &from, &to).arg("--oci-ref")).unwrap();
+        let traffic = registry.traffic_since(mark);
+        assert_eq!(traffic.blobs_written, written, "{name}");
+
+        let manifest = registry.manifest_json(name).unwrap();
+        let layers = manifest["layers"].as_array().unwrap();
+        let (_, blobs) = layers.split_last().unwrap();
+        for (blob, original) in blobs.iter().zip(&originals) {
+            assert_eq!(blob["mediaType"], BLOB);
+            let annotations = &blob["annotations"];
+            assert_eq!(annotations["containerd.io/snapshot/nydus-blob"], "true");
+            assert_eq!(annotations["containerd.io/snapshot/nydus-ref"], *original);
+        }
+        let daemon = scene.mount_image(&to);
+        assert_same_tree(&source.tree, daemon.point());
+        daemon.stop().unwrap();
+    }
+
+    let target = scene.path("target");
+    let to = format!("oci:{}:ref", target.display());
+    succeed(convert(&scene, &source.reference(), &to).arg("--oci-ref")).unwrap();
+    for original in &originals {
+        let hex = original.strip_prefix("sha256:").unwrap();
+        assert!(target.join("blobs/sha256").join(hex).exists());
+    }
+    let daemon = scene.mount_image(&to);
+    assert_same_tree(&source.tree, daemon.point());
+    daemon.stop().unwrap();
+}
+
+#[test]
+fn a_chunk_dictionary_saves_blobs() {
+    let scene = Scene::new();
+    let source = Source::new(&scene);
+    let registry = Registry::start(Auth::Open).unwrap();
+    registry.push(&source.layout, "test", "app:v1").unwrap();
+    let (from, first) = (
+        registry.reference("app:v1"),
+        registry.reference("app:first"),
+    );
+    succeed(&mut convert(&scene, &from, &first)).unwrap();
+    let manifest = registry.manifest_json("app:first").unwrap();
+    let layer = manifest["layers"].as_array().unwrap().last().unwrap();
+    let packed = registry
+        .blob_file(layer["digest"].as_str().unwrap())
+        .unwrap();
+    let boot = scene.dir("boot");
+    succeed(
+        Command::new("tar")
+            .arg("-xzf")
+            .arg(packed)
+            .arg("-C")
+            .arg(&boot),
+    )
+    .unwrap();
+    let boot = boot.join("image/image.boot");
+
+    let again = registry.reference("app:again");
+    let mut command = convert(&scene, &from, &again);
+    succeed(command.arg("--chunk-dict").arg(&boot)).unwrap();
+    let second = registry.manifest_json("app:again").unwrap();
+    let blobs = |manifest: &Value| -> Vec<(String, u64)> {
+        let layers = manifest["layers"].as_array().unwrap().iter();
+        let blobs = layers.filter(|layer| layer["mediaType"] == BLOB);
+        blobs
+            .map(|blob| {
+                let digest = blob["digest"].as_str().unwrap();
+                (digest.to_owned(), blob["size"].as_u64().unwrap())
+            })
+            .collect()
+    };
+    let (known, used) = (blobs(&manifest), blobs(&second));
+    let size = |blobs: &[(String, u64)]| -> u64 { blobs.iter().map(|(_, size)| size).sum() };
+    let new: Vec<_> = used
+        .iter()
+        .filter(|blob| !known.contains(blob))
+        .cloned()
+        .collect();
+    assert!(used.len() > new.len(), "blobs of the dictionary are listed");
+    assert!(size(&new) * 2 < size(&known), "{second}");
+    let daemon = scene.mount_image(&again);
+    assert_same_tree(&source.tree, daemon.point());
+    daemon.stop().unwrap();
+
+    // Where its blobs are not, the dictionary is of no use.
+    let elsewhere = registry.reference("elsewhere:again");
+    let mut command = convert(&scene, &from, &elsewhere);
+    let finished = run(command.arg("--chunk-dict").arg(&boot)).unwrap();
+    assert_eq!(finished.code(), 1);
+    assert!(
+        finished.stderr.contains("chunk dictionary"),
+        "{}",
+        finished.stderr
+    );
 }

@@ -5,7 +5,9 @@
 //! - [`command`], [`process`]: run a program to its end, or keep one running
 //! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
-//! - [`proxy`]: an HTTP proxy that misbehaves as told
+//! - [`nginx`], [`object_store`]: a real web server, and a real S3-compatible one
+//! - [`proxy`], [`proxy::chaos`]: an HTTP proxy that misbehaves as told, or by chance
+//! - [`blob`]: one blob, and what it must read as
 //! - [`relay`]: a slower, longer link in front of a server
 //! - [`tree`]: describe a directory tree, and make a nasty one
 //! - [`image`]: layers and OCI layouts from trees
@@ -19,6 +21,7 @@
 //! that says what to install.
 
 pub mod binaries;
+pub mod blob;
 pub mod command;
 pub mod containerd;
 pub mod cri;
@@ -27,6 +30,8 @@ pub mod fixtures;
 pub mod image;
 pub mod matrix;
 pub mod mount;
+pub mod nginx;
+pub mod object_store;
 pub mod plugin;
 pub mod process;
 pub mod proxy;

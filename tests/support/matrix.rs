@@ -160,13 +160,6 @@ impl Options {
         words
     }
 
-    /// What `nydus-image create` says when it refuses this set on purpose. Tests
-    /// expect the refusal, so support that arrives is noticed.
-    #[must_use]
-    pub fn refused_by_create(&self) -> Option<&'static str> {
-        (self.source == Source::TargzRef).then_some("not supported: targz-ref")
-    }
-
     /// The values as small numbers, one per option, for counting pairs.
     fn coordinates(&self) -> [u32; 7] {
         [

@@ -4,14 +4,21 @@
 //! Every connection carries one request, so that each one meets the rules afresh.
 //! The first rule that fits a request and is not used up decides; without one the
 //! request and its answer pass unchanged. Every request is kept for inspection.
+//! In place of rules, [`chaos`] draws a failure for every request.
+
+pub mod chaos;
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use chaos::Chaos;
 
 /// A head beyond this is no head.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -35,6 +42,19 @@ pub enum Fault {
     Redirect(String),
     /// Ask upstream for everything whatever range the client wants.
     IgnoreRange,
+    /// Announce so many bytes more than there are, then close.
+    LengthenHead(u64),
+    /// Say in `Content-Range` that the bytes begin so much later.
+    ShiftRange(u64),
+    /// Ask upstream for a range that begins so much later.
+    OtherRange(u64),
+    /// Send so many bytes of the body, then nothing for so long.
+    StallAfter(usize, Duration),
+    /// Send so many bytes of the body, then reset the connection.
+    ResetAfter(usize),
+    /// Send the client to the same path of this proxy with a signature that ends
+    /// after so many milliseconds; later requests with it are refused with 403.
+    SignedRedirect(u64),
 }
 
 /// When to fail, and how.
@@ -62,6 +82,7 @@ pub struct Head {
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
+    chaos: Option<Chaos>,
     seen: Vec<Head>,
 }
 
@@ -122,9 +143,25 @@ impl Proxy {
         });
     }
 
-    /// Forgets every rule: from now on all is well.
+    /// Draws a failure for each request from now on.
+    pub fn run(&self, chaos: Chaos) {
+        lock(&self.state).chaos = Some(chaos);
+    }
+
+    /// How many requests met a failure that was drawn.
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        lock(&self.state).chaos.as_ref().map_or(0, Chaos::failed)
+    }
+
+    /// Forgets every rule: from now on all is well. Signed redirects stay good for
+    /// as long as they were.
     pub fn heal(&self) {
-        lock(&self.state).rules.clear();
+        let mut state = lock(&self.state);
+        state.rules.clear();
+        if let Some(chaos) = &mut state.chaos {
+            chaos.stop();
+        }
     }
 
     /// The requests so far, in order of arrival.
@@ -143,11 +180,27 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 fn serve(mut client: TcpStream, upstream: &str, state: &Mutex<State>) -> Result<()> {
     let mut head = Head::read(&mut client)?;
     let fault = choose(state, &head);
+    if let Some((path, end)) = head.target.split_once("?until=") {
+        if end.parse::<u128>().is_ok_and(|end| end < since_start()) {
+            return refuse(client, 403, &[]);
+        }
+        head.target = path.to_owned();
+    }
     match fault {
         Some(Fault::Status(status, headers)) => refuse(client, status, &headers),
         Some(Fault::Redirect(host)) => {
             let location = format!("http://{host}{}", head.target);
             refuse(client, 307, &[("Location", location)])
+        }
+        Some(Fault::SignedRedirect(life)) => {
+            let end = since_start() + u128::from(life);
+            let host = client.local_addr()?;
+            let location = format!("http://{host}{}?until={end}", head.target);
+            refuse(client, 307, &[("Location", location)])
+        }
+        Some(Fault::OtherRange(by)) => {
+            head.shift("range", by)?;
+            relay(client, &head, upstream)
         }
         Some(Fault::Hangup) => Ok(client.shutdown(Shutdown::Both)?),
         Some(Fault::Stall(time)) => {
@@ -166,6 +219,9 @@ fn serve(mut client: TcpStream, upstream: &str, state: &Mutex<State>) -> Result<
 /// Notes the request; the fault that it meets, if any.
 fn choose(state: &Mutex<State>, head: &Head) -> Option<Fault> {
     let mut state = lock(state);
+    if let Some(chaos) = &mut state.chaos {
+        return chaos.draw();
+    }
     state.seen.push(head.clone());
     let rule = state.rules.iter_mut().find(|rule| {
         rule.left != Some(0)
@@ -174,6 +230,12 @@ fn choose(state: &Mutex<State>, head: &Head) -> Option<Fault> {
     })?;
     rule.left = rule.left.map(|left| left.saturating_sub(1));
     Some(rule.fault.clone())
+}
+
+/// Milliseconds since the first call.
+fn since_start() -> u128 {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_millis()
 }
 
 /// Answers without asking upstream.
@@ -222,16 +284,32 @@ fn spoil(mut client: TcpStream, head: &Head, upstream: &str, fault: &Fault) -> R
         Fault::CloseAfter(count) => body.truncate(*count),
         Fault::Shorten(count) => {
             body.truncate(*count);
-            answer.remove("content-length");
-            answer
-                .headers
-                .push(("Content-Length".to_owned(), body.len().to_string()));
+            answer.set("Content-Length", body.len().to_string());
         }
         Fault::Garble => body.iter_mut().for_each(|byte| *byte ^= 0x55),
+        Fault::StallAfter(count, _) | Fault::ResetAfter(count) => body.truncate(*count),
+        Fault::LengthenHead(by) => {
+            let length = u64::try_from(body.len())? + by;
+            answer.set("Content-Length", length.to_string());
+        }
+        Fault::ShiftRange(by) => answer.shift("content-range", *by)?,
         other => bail!("{other:?} has no body to damage"),
     }
     client.write_all(answer.to_text().as_bytes())?;
     client.write_all(&body)?;
+    match fault {
+        Fault::StallAfter(_, time) => thread::sleep(*time),
+        Fault::ResetAfter(_) => {
+            // Closing a socket that does not linger sends a reset.
+            let at_once = nix::libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            setsockopt(&client.as_fd(), sockopt::Linger, &at_once)?;
+            return Ok(());
+        }
+        _ => {}
+    }
     Ok(client.shutdown(Shutdown::Both)?)
 }
 
@@ -284,6 +362,24 @@ impl Head {
             .iter()
             .find(|(key, _)| key.eq_ignore_ascii_case(name));
         found.map(|(_, value)| value.as_str())
+    }
+
+    fn set(&mut self, name: &str, value: String) {
+        self.remove(name);
+        self.headers.push((name.to_owned(), value));
+    }
+
+    /// Moves the first number of a header up, if there is one.
+    fn shift(&mut self, name: &str, by: u64) -> Result<()> {
+        let Some(value) = self.header(name).map(str::to_owned) else {
+            return Ok(());
+        };
+        let (before, rest) = value.split_once(['=', ' ']).context("no range")?;
+        let (first, after) = rest.split_once('-').context("no range")?;
+        let separator = if value.contains('=') { '=' } else { ' ' };
+        let first = first.parse::<u64>()?.saturating_add(by);
+        self.set(name, format!("{before}{separator}{first}-{after}"));
+        Ok(())
     }
 
     fn remove(&mut self, name: &str) {

@@ -196,6 +196,37 @@ impl Registry {
         serde_json::from_str(&self.manifest(name)?).context("manifest is not JSON")
     }
 
+    /// Stores a blob that no manifest names; returns its digest (`sha256:…`).
+    ///
+    /// # Errors
+    /// The registry refuses.
+    pub fn push_blob(&self, name: &str, file: &Path) -> Result<String> {
+        let digest = succeed(Command::new("sha256sum").arg(file))?.stdout;
+        let hex = digest.split_whitespace().next().unwrap_or_default();
+        let digest = format!("sha256:{hex}");
+        let curl = || {
+            let mut curl = Command::new("curl");
+            curl.args([
+                "-sS",
+                "--fail-with-body",
+                "-u",
+                &format!("{USER}:{PASSWORD}"),
+            ]);
+            curl
+        };
+        let url = format!("http://{}/v2/{name}/blobs/uploads/", self.host);
+        let mut start = curl();
+        start.args(["-X", "POST", "-o", "/dev/null", "-w", "%header{location}"]);
+        let place = succeed(start.arg(url))?.stdout;
+        let mut upload = curl();
+        upload.args(["-X", "PUT", "-H", "Content-Type: application/octet-stream"]);
+        upload
+            .arg("--data-binary")
+            .arg(format!("@{}", file.display()));
+        succeed(upload.arg(format!("{}&digest={digest}", place.trim())))?;
+        Ok(digest)
+    }
+
     /// The file in which the registry keeps the blob `digest` (`sha256:…`).
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! Not every kernel that our tests run on has `netem`, so the delay of a link has to
 //! come from user space. Every connection is forwarded to one upstream address. All
 //! connections share the bandwidth of the link, each direction on its own and in
-//! turns of [`PIECE`] bytes; what has left arrives half a round trip later. The first
+//! turns of `PIECE` bytes; what has left arrives half a round trip later. The first
 //! byte of a connection moves one round trip after it was opened, as the handshake of
 //! TCP would cost.
 //!

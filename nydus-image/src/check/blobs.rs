@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context as _, bail};
 use rafs::Image;
 use storage::chunk::{Chunk, Encoding};
-use storage::codec::{CodecError, decompress_into};
+use storage::codec::{CodecError, decompress_into, zran};
 use storage::digest::ChunkDigests;
 use storage::format::chunk_table::ChunkTable;
 use storage::format::{FormatError, stored_table};
@@ -72,19 +72,16 @@ pub enum ChunkProblem {
 /// Verifies all blobs of `image`, which are in files of `dir` named by their ids.
 pub(super) fn verify(image: &Arc<Image>, dir: &Path) -> anyhow::Result<()> {
     for (index, info) in (0..).zip(image.blobs()) {
-        if info
-            .features
-            .intersects(BlobFeatures::ZRAN | BlobFeatures::SEPARATE)
-        {
-            bail!(
-                "blob {}: checking layers that are used in place is not supported",
-                info.id
-            );
-        }
-        let path = dir.join(info.id.as_str());
-        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-        let table = read_table(&file, info)
-            .with_context(|| format!("blob {}: its chunk table is not valid", info.id))?;
+        let file = open(dir, info.id.as_str())?;
+        let table = if info.features.contains(BlobFeatures::SEPARATE) {
+            // The data is a layer; a second file has the chunk table.
+            let tables = open(dir, &info.meta_blob_digest.to_string())?;
+            read_table(&tables, info)
+        } else {
+            read_table(&file, info)
+        };
+        let table =
+            table.with_context(|| format!("blob {}: its chunk table is not valid", info.id))?;
         let blob = Blob {
             image,
             index: BlobIndex::new(index),
@@ -96,6 +93,11 @@ pub(super) fn verify(image: &Arc<Image>, dir: &Path) -> anyhow::Result<()> {
         blob.verify()?;
     }
     Ok(())
+}
+
+fn open(dir: &Path, name: &str) -> anyhow::Result<File> {
+    let path = dir.join(name);
+    File::open(&path).with_context(|| format!("cannot open {}", path.display()))
 }
 
 fn read_table(file: &File, info: &BlobInfo) -> anyhow::Result<ChunkTable> {
@@ -127,8 +129,8 @@ struct Blob<'a, D> {
 struct Buffers {
     stored: Vec<u8>,
     plain: Vec<u8>,
-    /// The batch that is in `plain`, for the chunks that follow.
-    batch: Option<u32>,
+    /// The batch or seek context that is in `plain`, for the chunks that follow.
+    unit: Option<u32>,
 }
 
 impl<D: ChunkDigests> Blob<'_, D> {
@@ -226,7 +228,7 @@ impl<D: ChunkDigests> Blob<'_, D> {
         let size = len(chunk.plain_size);
         match chunk.encoding {
             Encoding::Raw { offset } => {
-                buffers.batch = None;
+                buffers.unit = None;
                 self.read(offset, size, &mut buffers.plain)?;
                 Ok(&buffers.plain)
             }
@@ -234,7 +236,7 @@ impl<D: ChunkDigests> Blob<'_, D> {
                 offset,
                 size: stored,
             } => {
-                buffers.batch = None;
+                buffers.unit = None;
                 self.read(offset, len(stored), &mut buffers.stored)?;
                 self.decompress(size, buffers)?;
                 Ok(&buffers.plain)
@@ -244,21 +246,35 @@ impl<D: ChunkDigests> Blob<'_, D> {
                 context,
                 within,
             } => {
-                if buffers.batch != Some(context) {
-                    buffers.batch = None;
+                if buffers.unit != Some(context) {
+                    buffers.unit = None;
                     self.batch(offset, context, buffers)?;
-                    buffers.batch = Some(context);
+                    buffers.unit = Some(context);
                 }
-                // The table has checked that the chunk lies inside its batch.
-                Ok(buffers
-                    .plain
-                    .get(len(within)..)
-                    .and_then(|rest| rest.get(..size))
-                    .unwrap_or(&[]))
+                Ok(part(&buffers.plain, within, size))
             }
-            // `verify` refuses such blobs.
-            Encoding::Zran { .. } => Ok(&[]),
+            Encoding::Zran { context, within } => {
+                if buffers.unit != Some(context) {
+                    buffers.unit = None;
+                    self.seek_context(context, buffers)?;
+                    buffers.unit = Some(context);
+                }
+                Ok(part(&buffers.plain, within, size))
+            }
         }
+    }
+
+    fn seek_context(&self, number: u32, buffers: &mut Buffers) -> Result<(), ChunkProblem> {
+        let context = self
+            .table
+            .zran_context(number)
+            .map_err(ChunkProblem::Entry)?;
+        // The table has checked both sizes: at most 32 and 16 MiB.
+        let input = context.input.end.saturating_sub(context.input.start);
+        let input = usize::try_from(input).unwrap_or(usize::MAX);
+        self.read(context.input.start, input, &mut buffers.stored)?;
+        buffers.plain.resize(len(context.output_size), 0);
+        zran::decode(&context, &buffers.stored, &mut buffers.plain).map_err(ChunkProblem::Decode)
     }
 
     fn batch(&self, offset: u64, context: u32, buffers: &mut Buffers) -> Result<(), ChunkProblem> {
@@ -286,6 +302,13 @@ impl<D: ChunkDigests> Blob<'_, D> {
         decompress_into(self.info.compressor, &buffers.stored, &mut buffers.plain)
             .map_err(ChunkProblem::Decode)
     }
+}
+
+/// A chunk of a unit; the table has checked that it lies inside.
+fn part(unit: &[u8], within: u32, size: usize) -> &[u8] {
+    unit.get(len(within)..)
+        .and_then(|rest| rest.get(..size))
+        .unwrap_or(&[])
 }
 
 fn equal(field: &'static str, found: u64, expected: u64) -> Result<(), ChunkProblem> {

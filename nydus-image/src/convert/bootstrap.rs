@@ -84,9 +84,9 @@ pub(super) fn pack(
         let mut done: Vec<&ContentDigest> = Vec::new();
         for layer in layers.iter().filter(|layer| !layer.chunk_table.is_empty()) {
             // Equal layers have one blob.
-            if !done.contains(&&layer.digest) {
-                done.push(&layer.digest);
-                let name = format!("image/{}.blob.meta", layer.digest.hex());
+            if !done.contains(&layer.data()) {
+                done.push(layer.data());
+                let name = format!("image/{}.blob.meta", layer.data().hex());
                 append(&mut tar, &name, &layer.chunk_table)?;
             }
         }
@@ -164,6 +164,7 @@ mod tests {
         Arc::new(Converted {
             source: format!("sha256:{}", "0".repeat(64)).parse().unwrap(),
             tree: Tree::new(EMPTY_ROOT),
+            in_place: false,
             digest: format!("sha256:{}", byte.repeat(32)).parse().unwrap(),
             size: 1,
             chunk_table: chunk_table.to_vec(),

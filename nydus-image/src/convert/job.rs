@@ -7,10 +7,12 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use rafs::Image;
 use storage::oci::{BlobSource, ContentDigest, Descriptor, Images};
+use storage::{BlobFeatures, BlobInfo};
 
 use super::layer::{self, Converted};
 use super::plan::{Plan, SourceImage, SourceLayer};
@@ -25,6 +27,10 @@ pub(super) struct Job {
     pub(super) to: Images,
     pub(super) engine: Engine,
     pub(super) options: BuildOptions,
+    /// Whether layers stay the data blobs, and only indexes of them are made.
+    pub(super) in_place: bool,
+    /// Blobs of the chunk dictionary.
+    pub(super) dictionary: Vec<BlobInfo>,
     pub(super) work_dir: PathBuf,
     pub(super) progress: Progress,
 }
@@ -77,12 +83,30 @@ impl Job {
         let reader = progress.fetching(reader);
         let (engine, options) = (self.engine.clone(), self.options.clone());
         let work_dir = self.work_dir.clone();
+        let in_place = self.in_place;
+        // The layer itself, if it is needed where it is not yet.
+        let copy = match in_place && !self.to.has_blob(&descriptor).await? {
+            true => Some(Arc::new(tempfile::tempfile_in(&work_dir).with_context(
+                || format!("cannot write a temporary file in {}", work_dir.display()),
+            )?)),
+            false => None,
+        };
+        let (original, target) = (descriptor.clone(), copy.clone());
         let work = tokio::task::spawn_blocking(move || {
             let digests = (&descriptor.digest, &diff_id);
-            layer::convert(&engine, reader, digests, &options, &work_dir)
+            if in_place {
+                let files = (work_dir.as_path(), target.as_ref());
+                layer::index(&engine, reader, digests, &options, files)
+            } else {
+                layer::convert(&engine, reader, digests, &options, &work_dir)
+            }
         });
         let mut layer = work.await.context("the conversion crashed")??;
-        let blob = manifest::blob_layer(layer.digest.clone(), layer.size);
+        if let Some(copy) = copy {
+            self.send(&BlobSource::File(copy), &original, silent())
+                .await?;
+        }
+        let blob = blob_layer(&layer);
         // Frees the disk space as soon as the blob is sent.
         let source = BlobSource::File(layer.file.take().context("the blob is gone")?);
         let sent = self
@@ -141,6 +165,46 @@ impl Job {
         Ok(descriptor)
     }
 
+    /// Describes those of the blobs in `used` that are the dictionary's. The target must
+    /// have them: what they were made from is not known here.
+    async fn borrowed(
+        &self,
+        layers: &[Arc<Converted>],
+        used: &[BlobInfo],
+    ) -> anyhow::Result<Vec<Descriptor>> {
+        let mut borrowed = Vec::new();
+        for info in used {
+            let known = self.dictionary.iter().any(|blob| blob.id == info.id);
+            let own = layers
+                .iter()
+                .any(|layer| layer.data().hex() == info.id.as_str());
+            if !known || own {
+                continue;
+            }
+            let data: ContentDigest = format!("sha256:{}", info.id).parse()?;
+            let blob = if info.features.contains(BlobFeatures::SEPARATE) {
+                let index = ContentDigest::from_sha256(&info.meta_blob_digest);
+                let data_layer = Descriptor::new("", data.clone(), info.compressed_size);
+                self.need(&data_layer).await?;
+                manifest::blob_layer(index, info.meta_blob_size, Some(&data))
+            } else {
+                manifest::blob_layer(data, info.compressed_size, None)
+            };
+            self.need(&blob).await?;
+            borrowed.push(blob);
+        }
+        Ok(borrowed)
+    }
+
+    async fn need(&self, blob: &Descriptor) -> anyhow::Result<()> {
+        ensure!(
+            self.to.has_blob(blob).await?,
+            "the target does not have blob {} of the chunk dictionary; put the image that the dictionary is from into the same repository",
+            blob.digest
+        );
+        Ok(())
+    }
+
     /// Makes and sends the bootstrap layer and the configuration of one image. Returns its
     /// manifest, which is not sent yet.
     async fn complete(
@@ -154,7 +218,8 @@ impl Job {
             .map(|(layer, _)| Some(Arc::clone(&layers.get(&layer.digest)?.layer)))
             .collect::<Option<Vec<_>>>()
             .context("a layer is missing")?;
-        let packed = pack(converted.clone(), self.options.clone(), &self.work_dir).await?;
+        let (packed, used) = pack(converted.clone(), self.options.clone(), &self.work_dir).await?;
+        let borrowed = self.borrowed(&converted, &used).await?;
         let bootstrap =
             manifest::bootstrap_layer(&image.manifest, packed.digest.clone(), packed.size);
         self.send(&BlobSource::File(packed.file), &bootstrap, silent())
@@ -162,12 +227,13 @@ impl Job {
 
         // A blob is not compressed as a whole, so its digest is its diff_id too.
         let mut diff_ids: Vec<_> = converted.iter().map(|layer| layer.digest.clone()).collect();
+        let mut list: Vec<_> = converted.iter().map(|layer| blob_layer(layer)).collect();
+        for blob in borrowed {
+            diff_ids.push(blob.digest.clone());
+            list.push(blob);
+        }
         diff_ids.push(packed.diff_id);
         let config = Bytes::from(image.config.converted(&diff_ids)?);
-        let mut list: Vec<_> = converted
-            .iter()
-            .map(|layer| manifest::blob_layer(layer.digest.clone(), layer.size))
-            .collect();
         list.push(bootstrap);
         let origin = (&image.entry.digest, name);
         let manifest = manifest::manifest(&image.manifest, &config, list, origin);
@@ -179,16 +245,25 @@ impl Job {
     }
 }
 
-/// Merging and packing take time, so they get a thread.
+/// Describes the blob of a converted layer.
+fn blob_layer(layer: &Converted) -> Descriptor {
+    let original = layer.in_place.then_some(&layer.source);
+    manifest::blob_layer(layer.digest.clone(), layer.size, original)
+}
+
+/// Merging and packing take time, so they get a thread. Returns the blobs that the
+/// bootstrap lists, too.
 async fn pack(
     layers: Vec<Arc<Converted>>,
     options: BuildOptions,
     work_dir: &Path,
-) -> anyhow::Result<bootstrap::Packed> {
+) -> anyhow::Result<(bootstrap::Packed, Vec<BlobInfo>)> {
     let work_dir = work_dir.to_owned();
     let work = tokio::task::spawn_blocking(move || {
         let bytes = bootstrap::merged(&layers, &options)?;
-        bootstrap::pack(&bytes, &layers, &work_dir)
+        let packed = bootstrap::pack(&bytes, &layers, &work_dir)?;
+        let image = Image::from_bytes(bytes).context("cannot read the merged bootstrap")?;
+        Ok((packed, image.blobs().to_vec()))
     });
     work.await.context("packing crashed")?
 }

@@ -14,16 +14,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rafs::tree::Tree;
 use storage::BlobId;
 use storage::oci::content::Verifier;
 use storage::oci::{ContentDigest, OciError, layer as stored};
 
-use crate::build::{BuildError, BuildOptions, build_layer};
+use crate::build::{BuildError, BuildOptions, Layer, build_layer};
 use crate::pipeline::Engine;
-use crate::source::Source;
+use crate::source::{InPlace, Source};
 
 /// Size of the pieces of tar between the decoder and the tar parser.
 const PIECE: usize = 256 << 10;
@@ -37,6 +37,8 @@ pub(super) struct Converted {
     pub(super) source: ContentDigest,
     /// Its files, with the blob under its real digest.
     pub(super) tree: Tree,
+    /// Whether the source layer stays the data blob, and the blob is its index.
+    pub(super) in_place: bool,
     /// Digest of the blob.
     pub(super) digest: ContentDigest,
     /// Length of the blob.
@@ -45,6 +47,17 @@ pub(super) struct Converted {
     pub(super) chunk_table: Vec<u8>,
     /// The blob, without a name, until it is sent.
     pub(super) file: Option<Arc<File>>,
+}
+
+impl Converted {
+    /// Digest of what holds the data of the files: the name of its cache files.
+    pub(super) fn data(&self) -> &ContentDigest {
+        if self.in_place {
+            &self.source
+        } else {
+            &self.digest
+        }
+    }
 }
 
 /// Converts the layer that `reader` delivers. Blocks; for a thread of its own.
@@ -75,24 +88,102 @@ pub(super) fn convert(
     let built = built?;
     out.flush().with_context(in_dir)?;
     drop(out);
-    let blob = built.blob;
+    converted(source, built, false, file)
+}
+
+/// Makes an index of the layer that `reader` delivers, which stays the data blob.
+/// Blocks; for a thread of its own.
+///
+/// * `source`, `diff_id`: as for [`convert`].
+/// * `copy`: gets the layer as stored.
+pub(super) fn index(
+    engine: &Engine,
+    reader: impl Read + Send + 'static,
+    (source, diff_id): (&ContentDigest, &ContentDigest),
+    options: &BuildOptions,
+    (work_dir, copy): (&Path, Option<&Arc<File>>),
+) -> anyhow::Result<Converted> {
+    let in_dir = || format!("cannot write a temporary file in {}", work_dir.display());
+    let file = tempfile::tempfile_in(work_dir).with_context(in_dir)?;
+    let reader = Shared(Arc::new(Mutex::new(reader)));
+    let copied = Copied {
+        reader: reader.clone(),
+        copy: copy.cloned(),
+    };
+    let mut out = BufWriter::with_capacity(PIECE, &file);
+    let name = format!("layer {source}");
+    let built = InPlace::open(copied).map_err(plain).and_then(|layer| {
+        let layer = layer.hashing_tar();
+        let archive = Source::InPlace {
+            name,
+            layer: layer.clone(),
+        };
+        let built = build_layer(engine, archive, options, &mut out)?;
+        let found = layer.tar_digest().as_ref().map(ContentDigest::from_sha256);
+        ensure!(
+            found.as_ref() == Some(diff_id),
+            "the uncompressed tar has the digest {}, but {diff_id} by the configuration (rootfs.diff_ids)",
+            found.map_or_else(String::new, |digest| digest.to_string()),
+        );
+        Ok(built)
+    });
+    if let Err(error) = built {
+        // If the stored bytes are wrong, that is the cause.
+        io::copy(&mut reader.clone(), &mut io::sink()).map_err(plain)?;
+        return Err(error);
+    }
+    let built = built?;
+    out.flush().with_context(in_dir)?;
+    drop(out);
+    converted(source, built, true, file)
+}
+
+/// What is known of a layer that was built into `file`.
+fn converted(
+    source: &ContentDigest,
+    mut built: Layer,
+    in_place: bool,
+    file: File,
+) -> anyhow::Result<Converted> {
+    let blob = built.blob.clone();
     let digest = ContentDigest::from_sha256(&blob.file_sha256);
-    let mut tree = built.tree;
-    for info in &mut tree.blobs {
+    if let Some(info) = built.own_mut() {
         // Registries name the blob by its real digest; the embedded bootstrap could not know it.
-        info.id = BlobId::new(digest.hex())?;
-        info.compressed_size = blob.file_size;
+        if in_place {
+            info.meta_blob_digest = blob.file_sha256;
+            info.meta_blob_size = blob.file_size;
+        } else {
+            info.id = BlobId::new(digest.hex())?;
+            info.compressed_size = blob.file_size;
+        }
         info.toc_size = blob.toc_size;
         info.toc_digest = blob.toc_digest;
     }
     Ok(Converted {
         source: source.clone(),
-        tree,
+        tree: built.tree,
+        in_place,
         digest,
         size: blob.file_size,
         chunk_table: blob.cct,
         file: Some(Arc::new(file)),
     })
+}
+
+/// A reader whose bytes are also written to a file.
+struct Copied<R> {
+    reader: R,
+    copy: Option<Arc<File>>,
+}
+
+impl<R: Read> Read for Copied<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buffer)?;
+        if let Some(copy) = &self.copy {
+            copy.as_ref().write_all(&buffer[..count])?;
+        }
+        Ok(count)
+    }
 }
 
 /// The thread that undoes the layer's compression.

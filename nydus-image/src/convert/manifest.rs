@@ -6,8 +6,8 @@
 use serde_json::{Map, Value};
 use storage::oci::manifest::{
     ANNOTATION_BLOB, ANNOTATION_BOOTSTRAP, ANNOTATION_BUILDER_VERSION, ANNOTATION_FS_VERSION,
-    ANNOTATION_SOURCE_DIGEST, ANNOTATION_SOURCE_REFERENCE, DOCKER_LAYER_GZIP, DOCKER_MANIFEST,
-    NYDUS_ARTIFACT_TYPE, NYDUS_BLOB, OCI_LAYER_GZIP, OCI_MANIFEST, annotate,
+    ANNOTATION_REF, ANNOTATION_SOURCE_DIGEST, ANNOTATION_SOURCE_REFERENCE, DOCKER_LAYER_GZIP,
+    DOCKER_MANIFEST, NYDUS_ARTIFACT_TYPE, NYDUS_BLOB, OCI_LAYER_GZIP, OCI_MANIFEST, annotate,
 };
 use storage::oci::{ContentDigest, Descriptor, Index, Manifest};
 
@@ -19,9 +19,18 @@ const FS_VERSION: &str = "6";
 const STALE: [&str; 3] = ["data", "urls", "artifactType"];
 
 /// Describes a data blob as a layer.
-pub(super) fn blob_layer(digest: ContentDigest, size: u64) -> Descriptor {
+///
+/// * `original`: the layer that has the data, if the blob is its index only.
+pub(super) fn blob_layer(
+    digest: ContentDigest,
+    size: u64,
+    original: Option<&ContentDigest>,
+) -> Descriptor {
     let mut layer = Descriptor::new(NYDUS_BLOB, digest, size);
     layer.annotate(ANNOTATION_BLOB, "true");
+    if let Some(original) = original {
+        layer.annotate(ANNOTATION_REF, original.as_str());
+    }
     layer
 }
 
@@ -141,7 +150,7 @@ mod tests {
                         "annotations": {"toc": "of the old layer"}}],
         }));
         let layers = vec![
-            blob_layer(digest("22"), 5),
+            blob_layer(digest("22"), 5, None),
             bootstrap_layer(&source, digest("33"), 6),
         ];
         let origin = (&digest("44"), Some("r.io/a:1"));

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use storage::{Compressor, Digester};
 
-use crate::cli::parse_size;
+use crate::cli::{parse_size, path_or_empty};
 use crate::prefetch::Policy;
 
 /// Build a bootstrap and a data blob from a directory or a tar archive
@@ -23,6 +23,12 @@ use crate::prefetch::Policy;
 ///   nydus-image create --bootstrap app.boot --blob-dir blobs rootfs/
 ///
 ///   tar -C rootfs -c . | nydus-image create -t tar-rafs -B app.boot -D blobs /dev/stdin
+///
+/// With --type targz-ref the archive itself stays the data blob, as an OCI layer in a
+/// registry does, and what is written is a small index of it. Put both into the blob
+/// directory of a mount, the archive under its SHA-256:
+///
+///   nydus-image create -t targz-ref -B app.boot -D blobs layer.tar.gz
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -194,7 +200,12 @@ pub struct Args {
     pub chunk_dict: Option<String>,
 
     /// Build on top of this image: the output describes both
-    #[arg(long, value_name = "parent-bootstrap", help_heading = "Reuse")]
+    #[arg(
+        long,
+        value_name = "parent-bootstrap",
+        value_parser = path_or_empty(),
+        help_heading = "Reuse"
+    )]
     pub parent_bootstrap: Option<PathBuf>,
 }
 
@@ -222,7 +233,7 @@ pub enum Conversion {
     /// A gzip-compressed tar archive, into chunks
     #[value(name = "targz-rafs")]
     TargzRafs,
-    /// A tar archive, gzip-compressed or not, used in place; not supported
+    /// A tar archive, gzip-compressed or not, used in place: the output is its index
     #[value(name = "targz-ref")]
     TargzRef,
 }

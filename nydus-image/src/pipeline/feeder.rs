@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::Sender;
 use storage::blob_writer::BlobOptions;
+use storage::original::Place;
 
 use super::Engine;
 use super::item::{Item, RawChunk};
@@ -100,14 +101,8 @@ impl Feeder {
         data: &[Range<u64>],
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
     ) -> Result<u64, FeedError<E>> {
+        let count = self.count_chunks(size)?;
         let chunk_size = u64::from(self.blob.chunk_size);
-        let count = size.div_ceil(chunk_size);
-        if count > MAX_CHUNKS_PER_FILE {
-            return Err(FeedError::TooLarge {
-                size,
-                chunk_size: self.blob.chunk_size,
-            });
-        }
         let mut data = data;
         for index in 0..count {
             let start = index * chunk_size;
@@ -118,8 +113,39 @@ impl Feeder {
             let is_hole = data.first().is_none_or(|range| range.start >= end);
             let whole_file = count == 1;
             self.chunk(start..end, whole_file, is_hole, |buf| {
-                fill(buf, start, data, &mut read)
+                fill(buf, start, data, &mut read).map(|()| None)
             })?;
+        }
+        Ok(count)
+    }
+
+    /// Takes one file of `size` bytes, without holes, whose data stays where it is.
+    ///
+    /// `read(buf)` has to fill `buf` with the next bytes of the file, one chunk at a
+    /// time, and to tell where they are.
+    ///
+    /// # Errors
+    /// As for [`Feeder::file`].
+    pub fn file_in_place<E>(
+        &mut self,
+        size: u64,
+        mut read: impl FnMut(&mut [u8]) -> Result<Place, E>,
+    ) -> Result<u64, FeedError<E>> {
+        let count = self.count_chunks(size)?;
+        let chunk_size = u64::from(self.blob.chunk_size);
+        for index in 0..count {
+            let start = index * chunk_size;
+            let end = size.min(start + chunk_size);
+            self.chunk(start..end, count == 1, false, |buf| read(buf).map(Some))?;
+        }
+        Ok(count)
+    }
+
+    fn count_chunks<E>(&self, size: u64) -> Result<u64, FeedError<E>> {
+        let chunk_size = self.blob.chunk_size;
+        let count = size.div_ceil(chunk_size.into());
+        if count > MAX_CHUNKS_PER_FILE {
+            return Err(FeedError::TooLarge { size, chunk_size });
         }
         Ok(count)
     }
@@ -135,7 +161,7 @@ impl Feeder {
         range: Range<u64>,
         whole_file: bool,
         is_hole: bool,
-        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        read: impl FnOnce(&mut [u8]) -> Result<Option<Place>, E>,
     ) -> Result<(), FeedError<E>> {
         // Both ends are within one chunk size of each other.
         let len = u32::try_from(range.end - range.start).unwrap_or(self.blob.chunk_size);
@@ -160,11 +186,11 @@ impl Feeder {
                 0,
             )
         });
-        let start = if is_hole {
-            None
+        let (start, place) = if is_hole {
+            (None, None)
         } else {
-            read(&mut item.buffer.input[*used..*used + needed]).map_err(FeedError::Source)?;
-            Some(*used)
+            let buf = &mut item.buffer.input[*used..*used + needed];
+            (Some(*used), read(buf).map_err(FeedError::Source)?)
         };
         *used += needed;
         let batched = self.blob.batches(len, whole_file);
@@ -173,6 +199,7 @@ impl Feeder {
             file_offset: range.start,
             start,
             batched,
+            place,
         });
         if *used >= ITEM_BYTES || item.chunks.len() >= ITEM_CHUNKS {
             self.send();

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use storage::Digest;
+use storage::original::Place;
 
 use super::budget::Buffer;
 
@@ -24,6 +25,8 @@ pub(crate) struct RawChunk {
     pub(crate) start: Option<usize>,
     /// Whether it is compressed together with its neighbours, by the blob writer.
     pub(crate) batched: bool,
+    /// Where it is already, if its layer is used in place.
+    pub(crate) place: Option<Place>,
 }
 
 /// What a worker found out about a chunk.

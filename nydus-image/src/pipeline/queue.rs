@@ -95,9 +95,12 @@ impl<'a, W: Write> Queue<'a, W> {
                 position,
             } => {
                 let raw = &item.chunks[chunk];
-                let data = match data {
-                    Data::Compressed(range) => ChunkData::Compressed(&item.buffer.output[range]),
-                    Data::Raw | Data::Claimed => {
+                let data = match (data, &raw.place) {
+                    (_, Some(place)) => ChunkData::InPlace(place),
+                    (Data::Compressed(range), None) => {
+                        ChunkData::Compressed(&item.buffer.output[range])
+                    }
+                    (Data::Raw | Data::Claimed, None) => {
                         ChunkData::Raw(raw.bytes(&item.buffer.input, &self.layer.zeros))
                     }
                 };

@@ -15,21 +15,38 @@ use crossbeam_channel::Receiver;
 use rafs::tree::ChunkRecord;
 use storage::blob_writer::{Batch, BlobOptions, BlobWriter, WriteError};
 use storage::codec::CodecError;
-use storage::{BlobIndex, ChunkIndex};
+use storage::{BlobId, BlobIndex, ChunkIndex};
 
 use super::item::{Data, Digested, Item};
 use super::queue::{Pending, Queue};
 use super::workers::{Compression, Done, LayerContext, Workers};
+use crate::reuse::KnownChunk;
+
+/// Bit of a reference to a chunk of another image.
+const KNOWN: u32 = 1 << 31;
 
 /// What became of the chunks of a layer.
 #[derive(Debug, Default)]
 pub(crate) struct Stored {
-    /// Every chunk of the blob, by chunk index.
+    /// Every chunk of the layer's blob, by chunk index.
     pub(crate) chunks: Vec<ChunkRecord>,
-    /// For every chunk of every file in stream order: its position in `chunks`.
+    /// Chunks of other images, by first use.
+    pub(crate) known: Vec<ChunkRecord>,
+    /// The blobs of all these chunks, in the order of their first use.
+    pub(crate) blobs: Vec<Owner>,
+    /// For every chunk of every file in stream order: see [`Stored::resolve`].
     pub(crate) references: Vec<u32>,
     /// Items handled.
     pub(crate) items: u64,
+}
+
+/// Whose blob a chunk is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The layer that is being built.
+    Layer,
+    /// Another image, which was given for reuse.
+    Known(BlobId),
 }
 
 /// Why chunks could not be stored.
@@ -113,7 +130,16 @@ impl<W: Write> Sequencer<'_, W> {
         for (chunk, digested) in results.into_iter().enumerate() {
             let position = match self.layer.dedup.stored(&digested.digest) {
                 Some(position) => position,
-                None => self.append(&item, chunk, digested)?,
+                None => {
+                    let known = self
+                        .layer
+                        .known
+                        .find(&digested.digest, item.chunks[chunk].len);
+                    match known {
+                        Some(known) => self.reuse(known),
+                        None => self.append(&item, chunk, digested)?,
+                    }
+                }
             };
             if let Some(record) = self.stored.chunks.get_mut(super::item::len(position)) {
                 record.file_offset = item.chunks[chunk].file_offset;
@@ -155,10 +181,11 @@ impl<W: Write> Sequencer<'_, W> {
     fn record(&mut self, size: u32, digested: &Digested) -> u32 {
         // The writer refuses more chunks than a u32 counts.
         let position = u32::try_from(self.stored.chunks.len()).unwrap_or(u32::MAX);
+        let blob = self.stored.blob(&Owner::Layer);
         self.layer.dedup.store(digested.digest, position);
         self.stored.chunks.push(ChunkRecord {
             digest: digested.digest,
-            blob: BlobIndex::new(0),
+            blob,
             index: ChunkIndex::new(position),
             compressed: false,
             compressed_size: 0,
@@ -167,6 +194,21 @@ impl<W: Write> Sequencer<'_, W> {
             uncompressed_offset: 0,
             file_offset: 0,
             crc32c: Some(digested.crc32c),
+        });
+        position
+    }
+
+    /// Refers to a chunk of another image.
+    fn reuse(&mut self, known: &KnownChunk) -> u32 {
+        let id = self.layer.known.blob(known).id.clone();
+        let blob = self.stored.blob(&Owner::Known(id));
+        // Far less than 2^31: an image has 254 blobs of 2^24 chunks at most, and so many
+        // records would take terabytes.
+        let position = u32::try_from(self.stored.known.len()).unwrap_or(u32::MAX) | KNOWN;
+        self.layer.dedup.store(known.record.digest, position);
+        self.stored.known.push(ChunkRecord {
+            blob,
+            ..known.record.clone()
         });
         position
     }
@@ -226,5 +268,22 @@ impl<W: Write> Sequencer<'_, W> {
             sealed: self.workers.seal(batch, self.layer.compressor),
         };
         self.queue.push(entry, &mut self.stored.chunks)
+    }
+}
+
+impl Stored {
+    /// The record that a reference names: its list, and the position there.
+    pub(crate) fn resolve(reference: u32) -> (bool, usize) {
+        (reference & KNOWN != 0, super::item::len(reference & !KNOWN))
+    }
+
+    /// Position of a blob in `blobs`, where it is added if it is new.
+    fn blob(&mut self, owner: &Owner) -> BlobIndex {
+        let known = self.blobs.iter().position(|blob| blob == owner);
+        let position = known.unwrap_or_else(|| {
+            self.blobs.push(owner.clone());
+            self.blobs.len() - 1
+        });
+        BlobIndex::new(u32::try_from(position).unwrap_or(u32::MAX))
     }
 }

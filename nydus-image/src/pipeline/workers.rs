@@ -14,6 +14,7 @@ use storage::{Compressor, Digest, Digester};
 
 use super::dedup::Dedup;
 use super::item::{Data, Digested, Item, RawChunk};
+use crate::reuse::Known;
 
 /// The threads. They end when the value is dropped.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub(crate) struct LayerContext {
     pub(crate) compressor: Compressor,
     pub(crate) digester: Digester,
     pub(crate) dedup: Dedup,
+    /// Chunks of other images, which need not be stored.
+    pub(crate) known: Arc<Known>,
     /// One chunk of zeros: the content of holes.
     pub(crate) zeros: Vec<u8>,
     /// Digest and checksum of zeros by length, so that a large hole is hashed once.
@@ -123,11 +126,17 @@ impl Drop for Workers {
 }
 
 impl LayerContext {
-    pub(crate) fn new(compressor: Compressor, digester: Digester, chunk_size: usize) -> Self {
+    pub(crate) fn new(
+        compressor: Compressor,
+        digester: Digester,
+        chunk_size: usize,
+        known: Arc<Known>,
+    ) -> Self {
         Self {
             compressor,
             digester,
             dedup: Dedup::default(),
+            known,
             zeros: vec![0; chunk_size],
             hole_digests: Mutex::default(),
         }
@@ -230,6 +239,8 @@ fn process(
             let (digest, crc32c) = layer.digest(chunk, bytes);
             let data = if chunk.batched {
                 Data::Raw
+            } else if layer.known.find(&digest, chunk.len).is_some() {
+                Data::Claimed
             } else if layer.dedup.claim(&digest) {
                 compression.append(layer.compressor, bytes, &mut memory.output)?
             } else {

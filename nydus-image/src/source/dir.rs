@@ -84,7 +84,11 @@ pub(super) fn scan(
         feeder,
         options,
     )?;
-    Ok(Scanned { tree, files })
+    Ok(Scanned {
+        tree,
+        files,
+        original: None,
+    })
 }
 
 fn feed(

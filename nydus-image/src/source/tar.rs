@@ -13,7 +13,7 @@ use rafs::tree::{Attr, Content, Inode, InodeId, Tree};
 use rafs::units::MAX_DEPTH;
 
 use self::entries::{Archive, Entry, Kind};
-use super::{Scanned, SourceError, printable, xattr_problem};
+use super::{InPlace, Scanned, SourceError, printable, xattr_problem};
 use crate::pipeline::feeder::{FeedError, Feeder};
 use crate::pipeline::item;
 
@@ -37,13 +37,17 @@ const IMPLIED_DIRECTORY: Attr = Attr {
 };
 
 /// Reads the archive to its end.
+///
+/// * `in_place`: what `reader` reads from, if chunks stay there.
 pub(super) fn scan(
     name: String,
     reader: impl Read,
+    in_place: Option<&InPlace>,
     feeder: &mut Feeder,
 ) -> Result<Scanned, SourceError> {
     let mut archive = Archive::new(name, reader);
     let mut builder = Builder {
+        in_place,
         tree: implied_root(),
         files: Vec::new(),
     };
@@ -54,15 +58,17 @@ pub(super) fn scan(
     Ok(Scanned {
         tree: builder.tree,
         files: builder.files,
+        original: None,
     })
 }
 
-struct Builder {
+struct Builder<'a> {
+    in_place: Option<&'a InPlace>,
     tree: Tree,
     files: Vec<(InodeId, u64)>,
 }
 
-impl Builder {
+impl Builder<'_> {
     fn add<R: Read>(
         &mut self,
         archive: &mut Archive<R>,
@@ -190,7 +196,22 @@ impl Builder {
             chunks: Vec::new(),
         };
         let id = self.insert(dir, name, entry, content)?;
-        let chunks = feeder.file(entry.size, &entry.data, |_, buf| archive.read_data(buf));
+        let chunks = match self.in_place {
+            None => feeder.file(entry.size, &entry.data, |_, buf| archive.read_data(buf)),
+            Some(_)
+                if entry
+                    .data
+                    .iter()
+                    .map(|range| range.end - range.start)
+                    .sum::<u64>()
+                    < entry.size =>
+            {
+                return refused(
+                    "a file with holes cannot be used in place; convert the layer instead",
+                );
+            }
+            Some(layer) => feeder.file_in_place(entry.size, |buf| archive.read_chunk(layer, buf)),
+        };
         match chunks {
             Ok(0) => Ok(()),
             Ok(chunks) => {

@@ -5,12 +5,27 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use base64::Engine as _;
+use storage::backend::http_proxy::{Address, HttpProxyConfig};
+use storage::backend::registry::{ClientCertificate, Mirror, RetryLimits, Scheme, Timeouts};
 
 use super::section::Section;
 use super::{Backend, ConfigError, Login, Registry};
 
+mod object;
+
 /// Longest time-out that makes sense, in seconds: a day.
 const MAX_SECONDS: u64 = 86_400;
+
+/// Every back end that there is; `localdisk` is known and not there.
+pub(super) const KINDS: &[&str] = &[
+    "localfs",
+    "registry",
+    "oss",
+    "s3",
+    "azure",
+    "gcs",
+    "http-proxy",
+];
 
 /// Reads the settings of back end `kind`; `type_key` names where the kind came from.
 pub(super) fn read(
@@ -21,47 +36,107 @@ pub(super) fn read(
     match kind {
         "localfs" => local(section),
         "registry" => registry(section).map(Backend::Registry),
+        "oss" | "s3" | "azure" | "gcs" => object::read(kind, section).map(Backend::Object),
+        "http-proxy" => http_proxy(section).map(Backend::HttpProxy),
         other => Err(unsupported(other, type_key)),
     }
 }
 
 /// The error for a back end that is unknown, or known and not there yet.
 pub(super) fn unsupported(kind: &str, type_key: &str) -> ConfigError {
-    let feature = match kind {
-        "localdisk" => "the local disk back end",
-        "oss" => "the OSS back end",
-        "s3" => "the S3 back end",
-        "http-proxy" => "the HTTP proxy back end",
-        _ => {
-            return ConfigError::Wrong {
-                key: type_key.to_owned(),
-                value: format!("\"{}\"", kind.escape_debug()),
-                allowed: "\"localfs\" or \"registry\"".to_owned(),
-            };
-        }
-    };
-    ConfigError::Unsupported {
+    if kind == "localdisk" {
+        return ConfigError::Unsupported {
+            key: type_key.to_owned(),
+            feature: "the local disk back end",
+            hint: "mount the disk and use `localfs`",
+        };
+    }
+    ConfigError::Wrong {
         key: type_key.to_owned(),
-        feature,
-        hint: "use `localfs` or `registry`",
+        value: format!("\"{}\"", kind.escape_debug()),
+        allowed: "\"localfs\", \"registry\", \"oss\", \"s3\", \"azure\", \"gcs\" or \"http-proxy\""
+            .to_owned(),
     }
 }
 
 fn local(section: &mut Section<'_>) -> Result<Backend, ConfigError> {
-    if section
-        .text("blob_file")?
-        .is_some_and(|file| !file.is_empty())
-    {
-        return Err(ConfigError::Unsupported {
-            key: section.path_of("blob_file"),
-            feature: "a single blob file",
-            hint: "give the directory that holds it as `dir`; the file must be named by the blob id",
-        });
+    section.ignore(&["readahead", "readahead_sec"]);
+    if let Some(file) = filled(section, "blob_file")? {
+        section.ignore(&["dir", "alt_dirs"]);
+        return Ok(Backend::BlobFile(file.into()));
     }
     let mut dirs = vec![PathBuf::from(section.required_text("dir")?)];
     dirs.extend(section.texts("alt_dirs")?.into_iter().map(PathBuf::from));
-    section.ignore(&["readahead", "readahead_sec"]);
     Ok(Backend::LocalFs(dirs))
+}
+
+fn http_proxy(section: &mut Section<'_>) -> Result<HttpProxyConfig, ConfigError> {
+    let addr = section.required_text("addr")?;
+    let path = section.text("path")?.unwrap_or_default().trim_matches('/');
+    let address = match addr {
+        socket if socket.starts_with('/') => Address::Socket(socket.into()),
+        url if url.starts_with("http://") || url.starts_with("https://") => {
+            Address::Url(format!("{}/{path}", url.trim_end_matches('/')))
+        }
+        _ => {
+            return Err(section.wrong(
+                "addr",
+                "an address that starts with http:// or https://, or the path of a socket",
+            ));
+        }
+    };
+    let network = Network::read(section)?;
+    let mut config = HttpProxyConfig::new(address);
+    (config.timeouts, config.retry) = (network.timeouts, network.retry);
+    (config.ca_files, config.skip_verify) = (network.ca_files, network.skip_verify);
+    Ok(config)
+}
+
+/// What all back ends behind a network have in common.
+struct Network {
+    timeouts: Timeouts,
+    retry: RetryLimits,
+    ca_files: Vec<PathBuf>,
+    skip_verify: bool,
+}
+
+impl Network {
+    fn read(section: &mut Section<'_>) -> Result<Self, ConfigError> {
+        proxy(section)?;
+        let (mut timeouts, mut retry) = (Timeouts::default(), RetryLimits::default());
+        timeouts.read = seconds(section, "timeout")?.unwrap_or(timeouts.read);
+        timeouts.connect = seconds(section, "connect_timeout")?.unwrap_or(timeouts.connect);
+        if let Some(limit) = retry_limit(section)? {
+            retry.retries = limit.into();
+        }
+        Ok(Self {
+            timeouts,
+            retry,
+            ca_files: files(section, "ca_cert_files")?,
+            skip_verify: section.flag("skip_verify", false)?,
+        })
+    }
+}
+
+fn files(section: &mut Section<'_>, key: &'static str) -> Result<Vec<PathBuf>, ConfigError> {
+    let files = section.texts(key)?;
+    Ok(files.into_iter().map(PathBuf::from).collect())
+}
+
+/// A string that is there and not empty.
+fn filled<'a>(
+    section: &mut Section<'a>,
+    key: &'static str,
+) -> Result<Option<&'a str>, ConfigError> {
+    Ok(section.text(key)?.filter(|text| !text.is_empty()))
+}
+
+fn retry_limit(section: &mut Section<'_>) -> Result<Option<u8>, ConfigError> {
+    match section.number("retry_limit", 0, 0..=255)? {
+        // What every client sends when nobody chose anything.
+        0 => Ok(None),
+        limit => Ok(u8::try_from(limit).ok()),
+    }
 }
 
 fn registry(section: &mut Section<'_>) -> Result<Registry, ConfigError> {
@@ -73,41 +148,73 @@ fn registry(section: &mut Section<'_>) -> Result<Registry, ConfigError> {
             "a host name with an optional port, like \"ghcr.io\"",
         ));
     }
-    let plain_http = scheme(section, "scheme")?.is_some_and(|scheme| scheme == "http");
+    let plain_http = scheme(section, "scheme")? == Some(Scheme::Http);
     let login = login(section)?;
     proxy(section)?;
-    scheme(section, "blob_url_scheme")?;
-    section.text("blob_redirected_host")?;
-    for key in ["blob_url_scheme", "blob_redirected_host"] {
-        if section.text(key)?.is_some_and(|text| !text.is_empty()) {
-            section.warn(key, "rewriting redirects is not supported yet");
-        }
-    }
     Ok(Registry {
         host,
         repo,
         plain_http,
         login,
         skip_verify: section.flag("skip_verify", false)?,
-        ca_cert_files: section
-            .texts("ca_cert_files")?
-            .into_iter()
-            .map(PathBuf::from)
-            .collect(),
+        ca_cert_files: files(section, "ca_cert_files")?,
+        client_certificate: client_certificate(section)?,
+        mirrors: mirrors(section)?,
+        redirect_host: filled(section, "blob_redirected_host")?.map(str::to_owned),
+        redirect_scheme: scheme(section, "blob_url_scheme")?,
         timeout: seconds(section, "timeout")?,
         connect_timeout: seconds(section, "connect_timeout")?,
-        retry_limit: match section.number("retry_limit", 0, 0..=255)? {
-            // What every client sends when nobody chose anything.
-            0 => None,
-            limit => u8::try_from(limit).ok(),
-        },
+        retry_limit: retry_limit(section)?,
     })
 }
 
-fn scheme(section: &mut Section<'_>, key: &'static str) -> Result<Option<String>, ConfigError> {
+fn client_certificate(section: &mut Section<'_>) -> Result<Option<ClientCertificate>, ConfigError> {
+    let certificate = filled(section, "client_cert_file")?;
+    let key = filled(section, "client_key_file")?;
+    match (certificate, key) {
+        (None, None) => Ok(None),
+        (Some(certificate), key) => Ok(Some(ClientCertificate {
+            certificate: certificate.into(),
+            key: key.unwrap_or(certificate).into(),
+        })),
+        (None, Some(_)) => Err(ConfigError::Missing {
+            key: section.path_of("client_cert_file"),
+        }),
+    }
+}
+
+fn mirrors(section: &mut Section<'_>) -> Result<Vec<Mirror>, ConfigError> {
+    let mut mirrors = Vec::new();
+    for mut table in section.sections("mirrors")? {
+        let host = table.required_text("host")?;
+        if !host.starts_with("http://") && !host.starts_with("https://") {
+            return Err(table.wrong("host", "an address that starts with http:// or https://"));
+        }
+        let mut mirror = Mirror::new(host);
+        mirror.headers = table.pairs("headers")?;
+        mirror.ping_url = filled(&mut table, "ping_url")?.map(str::to_owned);
+        mirror.health_check_interval =
+            seconds(&mut table, "health_check_interval")?.unwrap_or(mirror.health_check_interval);
+        let limit = table.number("failure_limit", 0, 0..=255)?;
+        if let Some(limit) = u32::try_from(limit).ok().filter(|limit| *limit > 0) {
+            mirror.failure_limit = limit;
+        }
+        mirror.skip_verify = table.flag("skip_verify", false)?;
+        mirror.ca_files = files(&mut table, "ca_cert_files")?;
+        mirror.share_credentials = table.flag("share_credentials", true)?;
+        // Always so: a mirror is asked like the registry.
+        table.ignore(&["auth_through"]);
+        section.close(table);
+        mirrors.push(mirror);
+    }
+    Ok(mirrors)
+}
+
+fn scheme(section: &mut Section<'_>, key: &'static str) -> Result<Option<Scheme>, ConfigError> {
     match section.text(key)?.unwrap_or_default() {
         "" => Ok(None),
-        scheme @ ("http" | "https") => Ok(Some(scheme.to_owned())),
+        "http" => Ok(Some(Scheme::Http)),
+        "https" => Ok(Some(Scheme::Https)),
         _ => Err(section.wrong(key, "\"http\" or \"https\"")),
     }
 }

@@ -162,6 +162,40 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// A list of tables; absent means none. Give each back with [`Section::close`].
+    pub(crate) fn sections(&mut self, key: &'static str) -> Result<Vec<Section<'a>>, ConfigError> {
+        let Some(node) = self.get(key) else {
+            return Ok(Vec::new());
+        };
+        let Node::List(items) = node else {
+            return Err(self.wrong(key, "a list of tables"));
+        };
+        let tables = items.iter().enumerate().map(|(index, item)| match item {
+            Node::Table(table) => Ok(Self::at(self.path_of(&format!("{key}[{index}]")), table)),
+            _ => Err(self.wrong(key, "a list of tables")),
+        });
+        tables.collect()
+    }
+
+    /// A table with names and strings, in the order of the names; absent means empty.
+    pub(crate) fn pairs(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Vec<(String, String)>, ConfigError> {
+        let Some(node) = self.get(key) else {
+            return Ok(Vec::new());
+        };
+        let wrong = || self.wrong(key, "a table of strings");
+        let Node::Table(table) = node else {
+            return Err(wrong());
+        };
+        let pairs = table.iter().map(|(name, value)| match value {
+            Node::Text(text) => Ok((name.clone(), text.clone())),
+            _ => Err(wrong()),
+        });
+        pairs.collect()
+    }
+
     /// A table that must be there. Give it back with [`Section::close`].
     pub(crate) fn required_section(
         &mut self,
@@ -205,6 +239,12 @@ impl<'a> Section<'a> {
 fn is_secret(key: &str) -> bool {
     matches!(
         key,
-        "auth" | "registry_token" | "access_key_id" | "access_key_secret" | "encryption_key"
+        "auth"
+            | "registry_token"
+            | "access_key_id"
+            | "access_key_secret"
+            | "account_key"
+            | "sas_token"
+            | "encryption_key"
     )
 }

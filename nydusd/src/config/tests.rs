@@ -1,5 +1,8 @@
 //! Configurations that clients send, and what is wrong with those that are refused.
 
+use storage::backend::http_proxy::Address;
+use storage::backend::object::{Keys, Login, Store};
+
 use super::*;
 
 const V2: &str = r#"
@@ -30,7 +33,8 @@ const V1: &str = r#"{
       "type": "registry",
       "config": {"readahead": false, "host": "r.example", "repo": "a/b", "auth": "",
                  "scheme": "https", "timeout": 5, "connect_timeout": 5, "retry_limit": 0,
-                 "mirrors": [{"host": "http://m"}], "proxy": {"url": "", "fallback": true}}
+                 "mirrors": [{"host": "http://m", "headers": {"X-Up": "https://r.example"},
+                              "ping_url": "http://m/ping", "health_check_interval": 7, "failure_limit": 3}], "proxy": {"url": "", "fallback": true}}
     },
     "external_backends": null,
     "cache": {"type": "blobcache", "compressed": true, "config": {"work_dir": "/c",
@@ -51,7 +55,7 @@ const LOCAL: &str = r#"{"version":2,
 fn version_2_toml() {
     let config = Config::parse(V2).unwrap();
     assert_eq!(config.id, "one");
-    assert_eq!(config.cache_dir, Path::new("/cache"));
+    assert_eq!(config.cache.dir, Path::new("/cache"));
     assert_eq!(config.warnings, Vec::<String>::new());
     let Backend::Registry(registry) = config.backend else {
         panic!("not a registry")
@@ -61,7 +65,7 @@ fn version_2_toml() {
     assert_eq!(registry.timeout, Some(Duration::from_secs(7)));
     assert_eq!(registry.connect_timeout, None);
     assert_eq!(registry.retry_limit, Some(3));
-    let basic = Login::Basic {
+    let basic = super::Login::Basic {
         user: "user".into(),
         password: "pass".into(),
     };
@@ -73,7 +77,7 @@ fn version_2_toml() {
 fn version_1_with_stray_keys() {
     let config = Config::parse(V1).unwrap();
     assert_eq!(config.id, "/12");
-    assert_eq!(config.cache_dir, Path::new("/c"));
+    assert_eq!(config.cache.dir, Path::new("/c"));
     let prefetch = Prefetch {
         threads: 4,
         batch_size: 524_288,
@@ -81,21 +85,22 @@ fn version_1_with_stray_keys() {
         all: true,
     };
     assert_eq!(config.prefetch, Some(prefetch));
+    let Backend::Registry(registry) = &config.backend else {
+        panic!("not a registry")
+    };
+    let mut mirror = Mirror::new("http://m");
+    mirror.headers = vec![("X-Up".into(), "https://r.example".into())];
+    mirror.ping_url = Some("http://m/ping".into());
+    mirror.health_check_interval = Duration::from_secs(7);
+    mirror.failure_limit = 3;
+    assert_eq!(registry.mirrors, [mirror]);
     let mut warned: Vec<&str> = config
         .warnings
         .iter()
         .map(|text| text.split(':').next().unwrap())
         .collect();
     warned.sort_unstable();
-    assert_eq!(
-        warned,
-        [
-            "device.backend.config.mirrors",
-            "device.backend.config.readahead",
-            "id",
-            "warmup"
-        ]
-    );
+    assert_eq!(warned, ["device.backend.config.readahead", "id", "warmup"]);
 }
 
 #[test]
@@ -108,17 +113,122 @@ fn local_directories_in_order() {
     assert_eq!(config.prefetch, None);
 }
 
+/// Back end settings in version 2, of a cache that does not matter.
+fn backend_of(kind: &str, settings: &str) -> Result<Backend, ConfigError> {
+    let text = format!(
+        "version = 2\n[backend]\ntype = '{kind}'\n[backend.{kind}]\n{settings}\n\
+         [cache]\ntype = 'filecache'\n[rafs]\nmode = 'direct'\n"
+    );
+    Config::parse(&text).map(|config| config.backend)
+}
+
+#[test]
+fn one_file_or_a_server_with_blobs() {
+    assert_eq!(
+        backend_of("localfs", "blob_file = '/x'").unwrap(),
+        Backend::BlobFile("/x".into())
+    );
+    for (addr, wanted) in [
+        ("/run/s.sock", Address::Socket("/run/s.sock".into())),
+        ("http://h:1/", Address::Url("http://h:1/blobs".into())),
+    ] {
+        let settings = format!("addr = '{addr}'\npath = '/blobs'\ntimeout = 7");
+        let Backend::HttpProxy(config) = backend_of("http-proxy", &settings).unwrap() else {
+            panic!("not a server")
+        };
+        assert_eq!(config.address, wanted);
+        assert_eq!(config.timeouts.read, Duration::from_secs(7));
+    }
+    let error = backend_of("http-proxy", "addr = 'h:1'").unwrap_err();
+    assert!(error.to_string().contains("http://"), "{error}");
+}
+
+#[test]
+fn buckets_of_every_store() {
+    let keys = Login::Keys(Keys {
+        id: "id".into(),
+        secret: "word".into(),
+    });
+    let key_lines = "access_key_id = 'id'\naccess_key_secret = 'word'\nobject_prefix = 'p/'";
+    let Backend::Object(s3) = backend_of(
+        "s3",
+        &format!("endpoint = 'h:1'\nregion = 'r'\nbucket_name = 'b'\nscheme = 'http'\n{key_lines}"),
+    )
+    .unwrap() else {
+        panic!("not a bucket")
+    };
+    let mut wanted = ObjectConfig::new(Store::S3 { region: "r".into() }, "h:1", "b");
+    wanted.scheme = Scheme::Http;
+    wanted.prefix = "p/".into();
+    wanted.login = keys.clone();
+    assert_eq!(s3, wanted);
+    assert!(!format!("{s3:?}").contains("word"));
+    let rows = [
+        ("oss", "endpoint = 'h'\nbucket_name = 'b'", Login::Anonymous),
+        (
+            "gcs",
+            "bucket_name = 'b'\ncredentials = 'environment'",
+            Login::Environment,
+        ),
+        (
+            "gcs",
+            "bucket_name = 'b'\ncredentials_file = '/f'",
+            Login::KeyFile("/f".into()),
+        ),
+        (
+            "azure",
+            "account_name = 'id'\ncontainer_name = 'b'\naccount_key = 'word'",
+            keys,
+        ),
+        (
+            "azure",
+            "account_name = 'id'\ncontainer_name = 'b'\nsas_token = 'sig=x'",
+            Login::SharedAccess("sig=x".into()),
+        ),
+    ];
+    for (kind, settings, login) in rows {
+        let Backend::Object(config) = backend_of(kind, settings).unwrap() else {
+            panic!("not a bucket")
+        };
+        assert_eq!(
+            (config.login, config.bucket.as_str()),
+            (login, "b"),
+            "{kind}"
+        );
+    }
+    let refused = [
+        ("s3", "endpoint = 'h'\nbucket_name = 'b'", "region"),
+        ("s3", "region = 'r'\nbucket_name = 'b'", "endpoint"),
+        (
+            "oss",
+            "endpoint = 'https://h'\nbucket_name = 'b'",
+            "endpoint",
+        ),
+        (
+            "oss",
+            "endpoint = 'h'\nbucket_name = 'b'\naccess_key_id = 'i'",
+            "access_key_secret",
+        ),
+        ("azure", "container_name = 'b'", "account_name"),
+        ("gcs", "bucket_name = 'b'\ncredentials = 'x'", "credentials"),
+    ];
+    for (kind, settings, key) in refused {
+        let error = backend_of(kind, settings).unwrap_err().to_string();
+        assert!(error.contains(&format!("backend.{kind}.{key}`")), "{error}");
+    }
+}
+
 #[test]
 fn credentials_are_decoded_and_not_repeated() {
-    let login = Login::from_auth("bWU6c2VjcmV0Og==").unwrap();
+    let login = super::Login::from_auth("bWU6c2VjcmV0Og==").unwrap();
     assert_eq!(
         login,
-        Login::Basic {
+        super::Login::Basic {
             user: "me".into(),
             password: "secret:".into()
         }
     );
-    let err = Login::from_auth("s3cr3t!").unwrap_err().to_string();
+    let err = super::Login::from_auth("s3cr3t!").unwrap_err().to_string();
     assert!(
         err.contains("IMAGE_PULL_AUTH") && !err.contains("s3cr3t"),
         "{err}"
@@ -150,8 +260,35 @@ fn what_is_refused_and_why() {
         (
             LOCAL,
             r#""type":"localfs""#,
+            r#""type":"localdisk""#,
+            &["`backend.type`", "local disk", "not supported"],
+        ),
+        (
+            LOCAL,
+            r#""type":"localfs""#,
             r#""type":"s3""#,
-            &["`backend.type`", "S3", "not supported"],
+            &["`backend.s3` is missing"],
+        ),
+        (
+            V1,
+            r#""host": "http://m""#,
+            r#""host": "m""#,
+            &[
+                "`device.backend.config.mirrors[0].host` is \"m\"",
+                "http://",
+            ],
+        ),
+        (
+            V1,
+            r#""https://r.example"}"#,
+            r#"7}"#,
+            &["mirrors[0].headers", "a table of strings"],
+        ),
+        (
+            V2,
+            "retry_limit = 3",
+            "client_key_file = '/k'",
+            &["`backend.registry.client_cert_file` is missing"],
         ),
         (
             LOCAL,
@@ -164,12 +301,6 @@ fn what_is_refused_and_why() {
             r#""dir":"/blobs""#,
             r#""dir":"""#,
             &["`backend.localfs.dir` is missing"],
-        ),
-        (
-            LOCAL,
-            r#""dir":"/blobs""#,
-            r#""blob_file":"/x""#,
-            &["blob_file", "not supported"],
         ),
         (
             LOCAL,
@@ -339,5 +470,32 @@ proptest::proptest! {
             proptest::prop_assert!(message.contains("configuration"), "{}", message);
             proptest::prop_assert!(!message.contains("dXNlcjpwYXNz"), "{}", message);
         }
+    }
+}
+
+#[test]
+fn limits_of_the_cache() {
+    let usual = Config::parse(LOCAL).unwrap().cache;
+    assert_eq!(usual, Cache::in_dir(Path::new("/c")));
+    assert_eq!((usual.max_bytes, usual.min_free_percent), (None, 5));
+    let with = |keys: &str| LOCAL.replace(r#""work_dir":"/c""#, keys);
+    let keys =
+        r#""work_dir":"/c","max_bytes":5000000000,"min_free_percent":0,"memory_bytes":33554432"#;
+    let set = Config::parse(&with(keys)).unwrap();
+    assert_eq!(set.warnings, Vec::<String>::new());
+    let expected = Cache {
+        dir: "/c".into(),
+        max_bytes: Some(5_000_000_000),
+        min_free_percent: 0,
+        memory: 32 << 20,
+    };
+    assert_eq!(set.cache, expected);
+    for wrong in [
+        r#""min_free_percent":100"#,
+        r#""memory_bytes":4096"#,
+        r#""max_bytes":-1"#,
+    ] {
+        let error = Config::parse(&with(wrong)).unwrap_err().to_string();
+        assert!(error.contains("cache.filecache."), "{error}");
     }
 }

@@ -33,7 +33,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     // The cache holds plain data and every chunk is verified, whatever these say.
     section.ignore(&["compressed", "validate"]);
     let mut file = section.required_section("config")?;
-    let cache_dir = file_cache(&mut file)?;
+    let cache = file_cache(&mut file)?;
     section.close(file);
     device.close(section);
     root.close(device);
@@ -43,7 +43,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     Ok(Config {
         id,
         backend,
-        cache_dir,
+        cache,
         prefetch,
         warnings: Vec::new(),
     })

@@ -1,7 +1,7 @@
 //! Configuration version 2, JSON or TOML: sections `backend`, `cache`, `rafs`.
 
 use super::section::Section;
-use super::{Config, ConfigError, Prefetch, backend, cache_type, file_cache};
+use super::{Cache, Config, ConfigError, Prefetch, backend, cache_type, file_cache};
 
 /// Largest unit of prefetching, in bytes.
 const MAX_BATCH: u64 = 0x1000_0000;
@@ -27,13 +27,13 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     cache_type(&mut section)?;
     // The cache holds plain data and every chunk is verified, whatever these say.
     section.ignore(&["compressed", "validate", "fscache"]);
-    let cache_dir = match section.section("filecache")? {
+    let cache = match section.section("filecache")? {
         Some(mut file) => {
-            let dir = file_cache(&mut file)?;
+            let cache = file_cache(&mut file)?;
             section.close(file);
-            dir
+            cache
         }
-        None => ".".into(),
+        None => Cache::default(),
     };
     let of_cache = prefetch(&mut section)?;
     root.close(section);
@@ -51,7 +51,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     Ok(Config {
         id,
         backend,
-        cache_dir,
+        cache,
         prefetch: of_rafs.or(of_cache),
         warnings: Vec::new(),
     })
@@ -61,19 +61,12 @@ fn read_backend(section: &mut Section<'_>) -> Result<super::Backend, ConfigError
     let type_key = section.path_of("type");
     let kind = section.required_text("type")?;
     // Settings of back ends that are not chosen are nobody's business.
-    section.ignore(&[
-        "localfs",
-        "localdisk",
-        "oss",
-        "s3",
-        "registry",
-        "http-proxy",
-    ]);
-    let key = match kind {
-        "localfs" => "localfs",
-        "registry" => "registry",
-        other => return Err(backend::unsupported(other, &type_key)),
-    };
+    section.ignore(backend::KINDS);
+    section.ignore(&["localdisk"]);
+    let key = backend::KINDS
+        .iter()
+        .find(|known| **known == kind)
+        .ok_or_else(|| backend::unsupported(kind, &type_key))?;
     let mut settings = section.required_section(key)?;
     let backend = backend::read(kind, &type_key, &mut settings)?;
     section.close(settings);

@@ -73,7 +73,12 @@ fn metadata_only() -> RafsFs {
         .xattrs
         .insert((*b"security.capability").into(), (*b"").into());
     let image = Image::from_bytes(write(&tree, &WriteOptions::default()).unwrap()).unwrap();
-    RafsFs::new(Slot::FIRST, Arc::new(image), Vec::new())
+    RafsFs::new(
+        Slot::FIRST,
+        Arc::new(image),
+        Vec::new(),
+        Background::default(),
+    )
 }
 
 fn lookup(fs: &RafsFs, dir: u64, name: &str) -> Entry {

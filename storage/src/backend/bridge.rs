@@ -4,10 +4,12 @@
 //! down instead of filling memory.
 
 use std::future::Future;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use super::{BackendError, Fetch, Sink, Stop};
 use crate::codec::as_u64;
@@ -15,6 +17,9 @@ use crate::codec::as_u64;
 /// Pieces of a body that wait for the receiver. Each is what one read of the socket
 /// gave, some ten KiB.
 const QUEUE: usize = 16;
+
+/// How often the receiver is asked whether it still waits while nothing comes.
+const TICK: Duration = Duration::from_millis(100);
 
 /// Where a transfer puts its bytes; the last message may be the error.
 pub(super) type Output = mpsc::Sender<Result<Bytes, BackendError>>;
@@ -36,7 +41,15 @@ where
     let task = runtime.spawn(transfer(sender));
     let mut missing = request.range.end.saturating_sub(request.range.start);
     let result = loop {
-        match receiver.blocking_recv() {
+        // Not `blocking_recv`, which could not be left while a server is silent.
+        let waited = runtime.block_on(async { timeout(TICK, receiver.recv()).await });
+        let Ok(message) = waited else {
+            match sink(&[]) {
+                Ok(()) => continue,
+                Err(Stop) => break Ok(Err(BackendError::Stopped)),
+            }
+        };
+        match message {
             Some(Ok(bytes)) => {
                 missing = missing.saturating_sub(as_u64(bytes.len()));
                 if let Err(Stop) = sink(&bytes) {

@@ -12,7 +12,6 @@
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, RANGE};
 use reqwest::{Method, Response, StatusCode};
@@ -22,12 +21,15 @@ use url::Url;
 use super::bridge::Output;
 use super::registry::answer::{self, Body, public_name, status_error, timed_out, transport};
 use super::registry::retry::{Attempts, Failure};
-use super::registry::transfer::{PROGRESS, SLOW_LINK, stream};
+use super::registry::transfer::{Source, stream, transfer};
 use super::registry::{RetryLimits, Timeouts};
 use super::{Backend, BackendError, Fetch, Sink, bridge};
 use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
+
+/// Most bytes that are read and thrown away from a server that ignores ranges.
+const MAX_SKIP: u64 = 512 << 20;
 
 /// Where the server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub enum Address {
 }
 
 /// A server of blobs, and how to reach it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpProxyConfig {
     /// Where it is.
     pub address: Address,
@@ -139,7 +141,7 @@ impl Backend for HttpProxyBackend {
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
         let range = request.range.clone();
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            client.transfer(&blob, range, out).await;
+            transfer(&*client, &blob, range, out).await;
         })
         .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished()))
     }
@@ -151,46 +153,7 @@ impl Backend for HttpProxyBackend {
     }
 }
 
-impl Client {
-    /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
-    async fn transfer(&self, blob: &BlobId, range: Range<u64>, out: Output) {
-        let len = range.end.saturating_sub(range.start);
-        let total = self.timeouts.total + Duration::from_secs(len / SLOW_LINK);
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, total);
-        let deadline = attempts.deadline;
-        let mut at = range.start;
-        let work = self.deliver(blob, &mut at, range.end, &out, &mut attempts);
-        let result = match tokio::time::timeout_at(deadline, work).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(attempts.gave_up(BackendError::Transport {
-                url: public_name(&self.base),
-                action: "transferring a range",
-                source: format!("{} of {len} bytes came in {total:?}", at - range.start).into(),
-            })),
-        };
-        if let Err(error) = result {
-            // Nobody there: then nobody cares about the error either.
-            let _ = out.send(Err(error)).await;
-        }
-    }
-
-    async fn deliver(
-        &self,
-        blob: &BlobId,
-        at: &mut u64,
-        end: u64,
-        out: &Output,
-        attempts: &mut Attempts<'_>,
-    ) -> Result<(), BackendError> {
-        while *at < end {
-            let before = *at;
-            if let Err(failure) = self.attempt(blob, at, end, out).await {
-                attempts.after(failure, *at - before >= PROGRESS).await?;
-            }
-        }
-        Ok(())
-    }
-
+impl Source for Client {
     async fn attempt(
         &self,
         blob: &BlobId,
@@ -204,6 +167,16 @@ impl Client {
         stream(self.timeouts.read, &url, answer, body, at, out).await
     }
 
+    fn name(&self, _blob: &BlobId) -> String {
+        public_name(&self.base)
+    }
+
+    fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
+        (&self.retry, &self.timeouts, &self.metrics)
+    }
+}
+
+impl Client {
     async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
         let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
         loop {
@@ -268,11 +241,11 @@ impl Client {
 /// the range: whoever reads chunks verifies them.
 fn wanted(url: &Url, answer: &Response, asked: &Range<u64>) -> Result<Body, Failure> {
     if answer.status() == StatusCode::PARTIAL_CONTENT {
-        return answer::body(url, answer, asked);
+        return answer::body(url, answer, asked, MAX_SKIP);
     }
     let len = asked.end - asked.start;
     match header(answer, CONTENT_LENGTH.as_str()) {
-        Some(got) if got != len => answer::body(url, answer, asked),
+        Some(got) if got != len => answer::body(url, answer, asked, MAX_SKIP),
         _ => Ok(Body { skip: 0, len }),
     }
 }

@@ -1,39 +1,46 @@
-//! Blobs in an OCI registry: ranged GETs, authentication, redirects, retries.
+//! Blobs in an OCI registry: ranged GETs, authentication, redirects, mirrors, retries.
 //!
 //! The outside is blocking. Requests run on a small runtime that the backend owns;
 //! bytes come out through a bounded channel, so a slow receiver slows the transfer
 //! down instead of filling memory. One fetch, top to bottom:
 //!
-//! * `transfer`: attempts until every byte is delivered; resumes where one broke;
+//! * `transfer`: attempts until every byte is delivered, at mirrors first; resumes
+//!   where one broke;
+//! * `endpoint`, `health`: the registry and its mirrors, and which are worth asking;
 //! * `open`: one attempt up to the headers, with credentials and redirects;
-//! * `auth`: answers challenges, keeps tokens until they expire;
+//! * `redirects`: where blobs were found last, until that expires;
+//! * `auth`, `token`: answers challenges, keeps tokens and renews them in time;
 //! * `retry`: what is worth another attempt, and when;
 //! * `answer`: what an answer says, in success and in failure.
 //!
-//! Promises: credentials go to the registry and its token service only, never to
-//! the host that a redirect points at, and never into logs or errors; nothing waits
-//! without a limit; a server that sends more, less or other bytes than it was asked
-//! for cannot make a fetch succeed or memory grow.
+//! Promises: credentials go to the registry, its token service and mirrors only,
+//! never to the host that a redirect points at, and never into logs or errors;
+//! nothing waits without a limit; a server that sends more, less or other bytes than
+//! it was asked for cannot make a fetch succeed or memory grow.
 //!
-//! Not here yet: a limit on requests in flight that lets on-demand requests pass
-//! prefetch, and hedging of slow ones; [`Backend::fetch`] is the place for both.
+//! Limits on requests in flight, and hedging of slow ones, are the caller's.
 
 pub(super) mod answer;
 mod auth;
+mod config;
+mod endpoint;
+mod health;
 mod open;
+pub(super) mod redirects;
 pub(super) mod retry;
+pub(super) mod tls;
+mod token;
 pub(super) mod transfer;
 
 use std::fmt;
-use std::path::PathBuf;
-use std::time::Duration;
 
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use tokio::runtime::Runtime;
-use url::Url;
 
-pub use auth::Credentials;
+pub use auth::{CredentialProvider, Credentials};
+pub use config::{ClientCertificate, Mirror, RegistryConfig, Scheme, Timeouts};
 pub use retry::RetryLimits;
+
+use endpoint::Endpoint;
 
 use super::{Backend, BackendError, Fetch, Sink, bridge};
 use crate::blob_id::BlobId;
@@ -42,107 +49,6 @@ use crate::sync::Arc;
 
 /// Threads of the runtime. They move bytes and do TLS; decoding is done elsewhere.
 const THREADS: usize = 2;
-
-/// How to speak to the registry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum Scheme {
-    /// HTTP over TLS.
-    #[default]
-    Https,
-    /// Without TLS.
-    Http,
-}
-
-impl fmt::Display for Scheme {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Https => "https",
-            Self::Http => "http",
-        })
-    }
-}
-
-/// Longest waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
-    /// For a connection, TLS included.
-    pub connect: Duration,
-    /// For the headers of an answer, and between two pieces of its body.
-    pub read: Duration,
-    /// For one fetch with all its attempts. Large fetches get a second more per
-    /// 256 KiB.
-    pub total: Duration,
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(5),
-            read: Duration::from_secs(10),
-            total: Duration::from_secs(60),
-        }
-    }
-}
-
-/// One repository of a registry, and how to reach it.
-#[derive(Clone)]
-pub struct RegistryConfig {
-    /// Host with optional port: `registry.example.com:5000`, `[::1]:5000`.
-    pub host: String,
-    /// Name of the repository: `library/debian`.
-    pub repo: String,
-    /// How to speak to it.
-    pub scheme: Scheme,
-    /// Who we are.
-    pub auth: Credentials,
-    /// Longest waits.
-    pub timeouts: Timeouts,
-    /// How often and when to try again.
-    pub retry: RetryLimits,
-    /// Files with certificates (PEM) to trust beside the system's.
-    pub ca_files: Vec<PathBuf>,
-    /// Accept any certificate. Chunks are verified nevertheless, but credentials
-    /// may go to the wrong server.
-    pub skip_verify: bool,
-    /// Extra headers for requests to `host`; not sent anywhere else.
-    pub headers: Vec<(String, String)>,
-}
-
-impl RegistryConfig {
-    /// Anonymous access over HTTPS with default limits.
-    #[must_use]
-    pub fn new(host: &str, repo: &str) -> Self {
-        Self {
-            host: host.to_owned(),
-            repo: repo.to_owned(),
-            scheme: Scheme::default(),
-            auth: Credentials::Anonymous,
-            timeouts: Timeouts::default(),
-            retry: RetryLimits::default(),
-            ca_files: Vec::new(),
-            skip_verify: false,
-            headers: Vec::new(),
-        }
-    }
-}
-
-impl fmt::Debug for RegistryConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Values of headers may be secrets.
-        let headers: Vec<_> = self.headers.iter().map(|(name, _)| name).collect();
-        f.debug_struct("RegistryConfig")
-            .field("host", &self.host)
-            .field("repo", &self.repo)
-            .field("scheme", &self.scheme)
-            .field("auth", &self.auth)
-            .field("timeouts", &self.timeouts)
-            .field("retry", &self.retry)
-            .field("ca_files", &self.ca_files)
-            .field("skip_verify", &self.skip_verify)
-            .field("headers", &headers)
-            .finish()
-    }
-}
 
 /// A repository of a registry. Must be used from threads that may block, which
 /// tasks of an asynchronous runtime may not.
@@ -155,19 +61,16 @@ pub struct RegistryBackend {
 impl fmt::Debug for RegistryBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("RegistryBackend")
-            .field(&self.client.base.as_str())
+            .field(&self.client.origin.base.as_str())
             .finish()
     }
 }
 
 /// What all requests of a backend share.
 struct Client {
-    http: reqwest::Client,
-    /// `https://host/v2/repo/blobs/`.
-    base: Url,
-    headers: HeaderMap,
-    auth: auth::Authenticator,
-    redirects: open::Redirects,
+    /// Tried in this order before the registry itself.
+    mirrors: Vec<Endpoint>,
+    origin: Endpoint,
     timeouts: Timeouts,
     retry: RetryLimits,
     metrics: Arc<Metrics>,
@@ -177,7 +80,7 @@ impl RegistryBackend {
     /// Sets up the backend. Makes no request.
     ///
     /// # Errors
-    /// [`BackendError::Config`] for a host, repository or header that is not one,
+    /// [`BackendError::Config`] for a host, mirror, repository or header that is not one,
     /// and for certificates that cannot be read.
     pub fn new(config: RegistryConfig) -> Result<Self, BackendError> {
         Self::with_metrics(config, Arc::default())
@@ -191,14 +94,12 @@ impl RegistryBackend {
         config: RegistryConfig,
         metrics: Arc<Metrics>,
     ) -> Result<Self, BackendError> {
-        let base = base_url(&config)?;
-        let http = http_client(&config)?;
+        let mirrors = config.mirrors.iter();
         let client = Client {
-            http,
-            base,
-            headers: headers(&config.headers)?,
-            auth: auth::Authenticator::new(config.auth, &config.repo)?,
-            redirects: open::Redirects::default(),
+            mirrors: mirrors
+                .map(|mirror| Endpoint::mirror(&config, mirror))
+                .collect::<Result<_, _>>()?,
+            origin: Endpoint::origin(&config)?,
             timeouts: config.timeouts,
             retry: config.retry,
             metrics,
@@ -213,6 +114,21 @@ impl RegistryBackend {
             client: Arc::new(client),
             runtime: Some(runtime),
         })
+    }
+
+    /// Uses other credentials from the next request on; may be called at any time.
+    /// Tokens that the old ones brought are not used any more.
+    ///
+    /// # Errors
+    /// [`BackendError::Config`] for a token that cannot be sent; nothing changes then.
+    pub fn set_credentials(&self, credentials: Credentials) -> Result<(), BackendError> {
+        let mirrors = self.client.mirrors.iter();
+        for endpoint in mirrors.chain([&self.client.origin]) {
+            if endpoint.shares_credentials {
+                endpoint.auth.replace(credentials.clone())?;
+            }
+        }
+        Ok(())
     }
 
     fn runtime(&self) -> Result<&Runtime, BackendError> {
@@ -235,7 +151,7 @@ impl Backend for RegistryBackend {
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
         let range = request.range.clone();
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            client.transfer(&blob, range, out).await;
+            transfer::transfer(&*client, &blob, range, out).await;
         })
         .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
     }
@@ -248,115 +164,13 @@ impl Backend for RegistryBackend {
 }
 
 impl Client {
-    /// Where the registry has the blob.
-    fn blob_url(&self, blob: &BlobId) -> Result<Url, BackendError> {
-        // The colon would make a relative reference look like a scheme.
-        self.base
-            .join(&format!("./sha256:{blob}"))
-            .map_err(|error| BackendError::Config(format!("blob {blob}: {error}")))
-    }
-
     fn vanished(&self, blob: &BlobId) -> BackendError {
         BackendError::Transport {
-            url: format!("{}sha256:{blob}", self.base),
+            url: format!("{}sha256:{blob}", self.origin.base),
             action: "the transfer ended without a result",
             source: "its task is gone".into(),
         }
     }
-}
-
-fn base_url(config: &RegistryConfig) -> Result<Url, BackendError> {
-    let bad = |what: &str, value: &str| {
-        BackendError::Config(format!("{value:?} is no {what} of a registry"))
-    };
-    let host_ok = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
-    let repo_ok = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
-    let (host, repo) = (&config.host, &config.repo);
-    if host.is_empty() || !host.chars().all(host_ok) {
-        return Err(bad("host", host));
-    }
-    let segment_ok = |segment: &str| !segment.is_empty() && segment.chars().any(|c| c != '.');
-    if !repo.chars().all(repo_ok) || !repo.split('/').all(segment_ok) {
-        return Err(bad("repository", repo));
-    }
-    Url::parse(&format!("{}://{host}/v2/{repo}/blobs/", config.scheme))
-        .ok()
-        .ok_or_else(|| bad("host", host))
-}
-
-fn headers(list: &[(String, String)]) -> Result<HeaderMap, BackendError> {
-    let mut headers = HeaderMap::new();
-    for (name, value) in list {
-        let (Ok(key), Ok(mut value)) = (
-            HeaderName::from_bytes(name.as_bytes()),
-            HeaderValue::from_str(value),
-        ) else {
-            return Err(BackendError::Config(format!(
-                "{name:?}: not a valid header"
-            )));
-        };
-        value.set_sensitive(true);
-        headers.append(key, value);
-    }
-    Ok(headers)
-}
-
-fn http_client(config: &RegistryConfig) -> Result<reqwest::Client, BackendError> {
-    // An error means that the process has a provider already.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let failed = |error: reqwest::Error| {
-        BackendError::Config(format!(
-            "HTTP client: {}",
-            answer::chain(&error.without_url())
-        ))
-    };
-    let mut builder = client_builder(config);
-    for path in &config.ca_files {
-        let unusable = |cause: String| {
-            BackendError::Config(format!("certificates {}: {cause}", path.display()))
-        };
-        let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        let certificates = reqwest::Certificate::from_pem_bundle(&pem)
-            .map_err(|error| unusable(answer::chain(&error)))?;
-        if certificates.is_empty() {
-            return Err(unusable("there are none in it".to_owned()));
-        }
-        builder = builder.tls_certs_merge(certificates);
-    }
-    match builder.build() {
-        // A machine without certificates can use a plain registry all the same.
-        Err(_) if config.scheme == Scheme::Http && config.ca_files.is_empty() => {
-            client_builder(config)
-                .tls_certs_only([])
-                .build()
-                .map_err(failed)
-        }
-        result => result.map_err(failed),
-    }
-}
-
-fn client_builder(config: &RegistryConfig) -> reqwest::ClientBuilder {
-    let builder = reqwest::Client::builder()
-        .user_agent(concat!("nydus/", env!("CARGO_PKG_VERSION")))
-        // Followed by hand: credentials stay here, and targets are remembered.
-        .redirect(reqwest::redirect::Policy::none())
-        // Done by hand as well, with one limit for everything.
-        .retry(reqwest::retry::never())
-        .connect_timeout(config.timeouts.connect)
-        .pool_max_idle_per_host(16)
-        .pool_idle_timeout(Duration::from_secs(60))
-        .tcp_keepalive(Duration::from_secs(30))
-        .http2_adaptive_window(true)
-        .tls_danger_accept_invalid_certs(config.skip_verify);
-    let host = config.host.trim_start_matches('[');
-    if ["localhost", "127.", "::1"]
-        .iter()
-        .any(|local| host.starts_with(local))
-    {
-        // A proxy of the environment does not reach our own loopback.
-        return builder.no_proxy();
-    }
-    builder
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Gets the chunk table of a blob: from the cache directory, or else from the blob.
 //!
-//! A cached table is used if its length and header fit the blob. A fetched one is
+//! A cached table is used if its length and header fit the blob and its chunks are
+//! where the bootstrap says. A fetched one is
 //! also compared with the table of contents of the blob, if the bootstrap says what
 //! that must be; then it is put into the cache for the next start.
 //!
@@ -16,7 +17,7 @@ use crate::backend::{Backend, BackendError, Fetch, Priority, fetch_to_vec};
 use crate::blob_id::BlobId;
 use crate::blob_info::{BlobFeatures, BlobInfo};
 use crate::cache::{CacheDir, CacheError, temporary_name};
-use crate::digest::Digest;
+use crate::digest::{ChunkDigests, Digest};
 use crate::error::ReadError;
 use crate::format::chunk_table::ChunkTable;
 use crate::format::tar_header::names;
@@ -24,6 +25,7 @@ use crate::format::toc::Toc;
 use crate::format::{FormatError, stored_table};
 use crate::mapped::Mapped;
 use crate::sync::Arc;
+use crate::units::ChunkIndex;
 
 /// Largest stored table that is fetched, in bytes. 16 million chunks, the most that
 /// a blob can have, compress to less.
@@ -40,13 +42,25 @@ const ATTEMPTS: u32 = 2;
 ///
 /// # Errors
 /// Only for blobs that are not supported, whatever their table.
-pub(super) fn cached(cache: &CacheDir, info: &BlobInfo) -> Result<Option<ChunkTable>, ReadError> {
+pub(super) fn cached(
+    cache: &CacheDir,
+    info: &BlobInfo,
+    digests: &dyn ChunkDigests,
+) -> Result<Option<ChunkTable>, ReadError> {
     let path = cache.table_path(&info.id);
     let Ok(data) = Mapped::open(&path) else {
         // Absent, usually. Anything else shows when it is written.
         return Ok(None);
     };
     match ChunkTable::open(data, info) {
+        // Perhaps of another image that names the same blob.
+        Ok(table) if !agrees(&table, digests) => {
+            tracing::warn!(
+                path = %path.display(),
+                "cached chunk table does not fit the image; fetching it again"
+            );
+            Ok(None)
+        }
         Ok(table) => Ok(Some(table)),
         Err(error @ FormatError::Unsupported { .. }) => Err(table_error(info, error)),
         Err(error) => {
@@ -58,6 +72,16 @@ pub(super) fn cached(cache: &CacheDir, info: &BlobInfo) -> Result<Option<ChunkTa
             Ok(None)
         }
     }
+}
+
+/// Whether chunks are where the image says.
+fn agrees(table: &ChunkTable, digests: &dyn ChunkDigests) -> bool {
+    (0..table.len()).map(ChunkIndex::new).all(|index| {
+        let place = |chunk: crate::chunk::Chunk| chunk.plain_range().start;
+        digests
+            .chunk_plain_offset(index)
+            .is_none_or(|offset| table.chunk(index).is_ok_and(|chunk| place(chunk) == offset))
+    })
 }
 
 /// Fetches, verifies, caches and opens the table.

@@ -43,8 +43,10 @@ impl<W: Write> TailWriter<W> {
         chunk_count: u32,
         plain_size: u64,
     ) -> Result<(BlobInfo, Vec<u8>), WriteError> {
-        self.end_chunk_data(plain_size)?;
-        let (table, contexts) = table.finish();
+        if self.options.original.is_none() {
+            self.end_chunk_data(plain_size)?;
+        }
+        let (table, contexts) = table.finish()?;
         let (info, header) = self.write_chunk_table(&table, contexts, chunk_count, plain_size)?;
         if self.options.blob_toc {
             self.section(names::DIGESTS, Compressor::None, digests, digests);
@@ -80,17 +82,14 @@ impl<W: Write> TailWriter<W> {
         chunk_count: u32,
         plain_size: u64,
     ) -> Result<(BlobInfo, Header), WriteError> {
-        let packed = codec::compress(self.options.compressor, table).map_err(|source| {
-            WriteError::Codec {
-                what: "the chunk table",
-                source,
-            }
+        let compressor = self.options.table_compressor();
+        let packed = codec::compress(compressor, table).map_err(|source| WriteError::Codec {
+            what: "the chunk table",
+            source,
         })?;
         let stored = packed.as_deref().unwrap_or(table);
         let meta = MetaLocation {
-            compressor: packed
-                .as_ref()
-                .map_or(Compressor::None, |_| self.options.compressor),
+            compressor: packed.as_ref().map_or(Compressor::None, |_| compressor),
             offset: self.sink.len(),
             compressed_size: as_u64(stored.len()),
             uncompressed_size: as_u64(table.len()),

@@ -237,6 +237,7 @@ fn any_options() -> impl Strategy<Value = BlobOptions> {
             inline_bootstrap,
             chunk_info_v2,
             batch_size,
+            original: None,
         }
     })
 }

@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+// From the parent, so that `model` can put a model checker in their place.
+use super::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering, lock, wait};
 use crate::backend::Priority;
-use crate::cache::CacheError;
+use crate::cache::{CacheError, ChunkLock};
 use crate::error::ReadError;
-use crate::sync::{Arc, AtomicBool, Condvar, Mutex, Ordering, lock, wait};
 use crate::units::ChunkIndex;
 
 /// How often a waiter looks whether the blob is being closed.
@@ -101,6 +102,7 @@ impl Flights {
                 flights: self,
                 index,
                 flight,
+                lock: None,
                 landed: false,
             });
         }
@@ -124,72 +126,36 @@ pub(crate) struct Claim<'a> {
     flights: &'a Flights,
     index: ChunkIndex,
     flight: Arc<Flight>,
+    /// The same duty towards other processes.
+    lock: Option<ChunkLock<'a>>,
     landed: bool,
 }
 
-impl Claim<'_> {
+impl<'a> Claim<'a> {
     pub(crate) fn index(&self) -> ChunkIndex {
         self.index
+    }
+
+    /// Keeps other processes from fetching the chunk, for as long as the flight lasts.
+    pub(crate) fn hold(&mut self, lock: ChunkLock<'a>) {
+        self.lock = Some(lock);
     }
 
     /// Ends the flight and wakes everyone who waits for it.
     pub(crate) fn land(mut self, outcome: Outcome) {
         self.landed = true;
+        // First, or it could be the lock of the next flight that is given back.
+        self.lock = None;
         self.flights.end(self.index, &self.flight, outcome);
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
+        self.lock = None;
         if !self.landed {
             self.flights
                 .end(self.index, &self.flight, Outcome::Abandoned);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::thread;
-
-    use super::*;
-
-    fn claim(flights: &Flights, i: u32) -> Option<Claim<'_>> {
-        flights
-            .claim([ChunkIndex::new(i)], Priority::OnDemand, |_| false)
-            .pop()
-    }
-
-    #[test]
-    fn there_is_one_leader_and_it_may_vanish() {
-        let flights = Flights::default();
-        let leader = claim(&flights, 1).unwrap();
-        assert!(claim(&flights, 1).is_none());
-        assert!(claim(&flights, 2).is_some());
-        let flight = flights.get(leader.index()).unwrap();
-        let stop = AtomicBool::new(false);
-        let soon = Instant::now() + Duration::from_millis(20);
-        assert!(flight.wait(soon, &stop).is_none(), "the deadline holds");
-        let late = Instant::now() + Duration::from_secs(60);
-        thread::scope(|scope| {
-            let follower = scope.spawn(|| flight.wait(late, &stop));
-            let panicking = scope.spawn(move || {
-                let _leader = leader;
-                panic!("a bug in the leader");
-            });
-            assert!(panicking.join().is_err());
-            assert!(matches!(follower.join().unwrap(), Some(Outcome::Abandoned)));
-        });
-        assert!(claim(&flights, 1).is_some(), "nothing is left behind");
-    }
-
-    #[test]
-    fn a_closing_blob_releases_its_waiters() {
-        let flights = Flights::default();
-        let _leader = claim(&flights, 1).unwrap();
-        let flight = flights.get(ChunkIndex::new(1)).unwrap();
-        let stop = AtomicBool::new(true);
-        let late = Instant::now() + Duration::from_secs(60);
-        assert!(flight.wait(late, &stop).is_none());
     }
 }

@@ -160,6 +160,22 @@ fn siblings(
     members
 }
 
+/// Memory that it takes to fetch and decode these pieces by one request, in bytes.
+pub(crate) fn memory(pieces: &[Piece]) -> u64 {
+    let start = pieces.iter().map(|piece| piece.stored.start).min();
+    let end = pieces.iter().map(|piece| piece.stored.end).max();
+    let decoded = |piece: &Piece| match piece.decode {
+        Decode::Raw => 0,
+        Decode::Batch(batch) => u64::from(batch.uncompressed_size),
+        Decode::Single | Decode::Zran(_) => {
+            let end = |member: &Member| u64::from(member.within) + u64::from(member.size);
+            piece.members.iter().map(end).max().unwrap_or(0)
+        }
+    };
+    let request = end.unwrap_or(0).saturating_sub(start.unwrap_or(0));
+    request.saturating_add(pieces.iter().map(decoded).max().unwrap_or(0))
+}
+
 /// Whether a piece at `next` is fetched by the same request as what is in `unit`.
 pub(crate) fn joins(unit: &Range<u64>, next: &Range<u64>, gap: u64) -> bool {
     let end = unit.end.max(next.end);

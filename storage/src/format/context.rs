@@ -120,6 +120,50 @@ pub struct ZranContext<'a> {
 }
 
 impl<'a> ZranContext<'a> {
+    /// The context as it is stored; the dictionary is stored elsewhere.
+    ///
+    /// * `dictionary_offset`: where, in the area that all dictionaries share.
+    ///
+    /// # Errors
+    /// [`FormatError::Unrepresentable`] for input that is too long for a reader.
+    pub fn encode(&self, dictionary_offset: u64) -> Result<[u8; CONTEXT_SIZE], FormatError> {
+        let len = self.input.end.saturating_sub(self.input.start);
+        let unrepresentable = |field, value, problem| FormatError::Unrepresentable {
+            object: "seek context",
+            field,
+            value,
+            problem,
+        };
+        let input_size = u32::try_from(len)
+            .ok()
+            .filter(|size| *size <= MAX_ZRAN_INPUT);
+        let input_size =
+            input_size.ok_or_else(|| unrepresentable("input size", len, "more than 32 MiB"))?;
+        let output_size = u64::from(self.output_size);
+        if output_size > as_u64(codec::MAX_UNIT) {
+            return Err(unrepresentable(
+                "output size",
+                output_size,
+                "more than 16 MiB",
+            ));
+        }
+        let dictionary_size = as_u64(self.dictionary.len());
+        let dictionary_size = u32::try_from(dictionary_size).map_err(|_range| {
+            unrepresentable("dictionary size", dictionary_size, "more than 32 KiB")
+        })?;
+        Ok(zerocopy::transmute!(RawZran {
+            input_offset: self.input.start.into(),
+            output_offset: self.output_offset.into(),
+            dictionary_offset: dictionary_offset.into(),
+            input_size: input_size.into(),
+            output_size: self.output_size.into(),
+            dictionary_size: dictionary_size.into(),
+            previous_byte: self.previous_byte,
+            bits: self.bits,
+            reserved: [0; 2],
+        }))
+    }
+
     /// * `dictionaries`: the area that dictionary offsets count from.
     /// * `data_size`: length of the gzip file.
     pub(super) fn decode(
@@ -207,6 +251,7 @@ mod tests {
         );
         assert_eq!(context.dictionary, &dictionaries[131_072..]);
         assert_eq!((context.previous_byte, context.bits), (0x8f, 3));
+        assert_eq!(context.encode(131_072).unwrap(), ZRAN);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::time::Duration;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 
 use super::error::OciError;
+use crate::backend::registry::CredentialProvider;
 
 /// Helpers may ask a key ring or a cloud API, but not for ever.
 const HELPER_DEADLINE: Duration = Duration::from_secs(30);
@@ -61,6 +62,39 @@ pub async fn lookup(host: &str) -> Result<Credentials, OciError> {
         host: host.to_owned(),
         reason,
     };
+    let key = host.to_owned();
+    let task = tokio::task::spawn_blocking(move || look_up(&key));
+    match tokio::time::timeout(HELPER_DEADLINE, task).await {
+        Ok(Ok(result)) => result.map_err(failed),
+        Ok(Err(_panicked)) => Err(failed("the look-up crashed".to_owned())),
+        Err(_elapsed) => Err(failed("the credential helper does not answer".to_owned())),
+    }
+}
+
+/// What docker's configuration says at the moment when it is asked. Credentials of
+/// cloud registries live for hours; their helpers know the next ones.
+#[derive(Clone, Debug)]
+pub struct DockerConfig {
+    host: String,
+}
+
+impl DockerConfig {
+    /// * `host`: as in references of images.
+    #[must_use]
+    pub fn new(host: &str) -> Self {
+        let host = host.to_owned();
+        Self { host }
+    }
+}
+
+impl CredentialProvider for DockerConfig {
+    fn credentials(&self) -> Result<Credentials, String> {
+        look_up(&self.host).map_err(|reason| format!("{}: {reason}", self.host))
+    }
+}
+
+/// The same as [`lookup`], for threads that may block as long as a helper likes.
+fn look_up(host: &str) -> Result<Credentials, String> {
     let Some(path) = config_path().filter(|path| path.exists()) else {
         return Ok(Credentials::Anonymous);
     };
@@ -68,17 +102,13 @@ pub async fn lookup(host: &str) -> Result<Credentials, OciError> {
         DOCKER_HUB_KEY
     } else {
         host
-    }
-    .to_owned();
-    let task = tokio::task::spawn_blocking(move || docker_credential::get_credential(&key));
-    match tokio::time::timeout(HELPER_DEADLINE, task).await {
-        Ok(Ok(Ok(credential))) => Ok(from_docker(credential)),
-        Ok(Ok(Err(error))) => match reason(&error, &path) {
+    };
+    match docker_credential::get_credential(key) {
+        Ok(credential) => Ok(from_docker(credential)),
+        Err(error) => match reason(&error, &path) {
             None => Ok(Credentials::Anonymous),
-            Some(reason) => Err(failed(reason)),
+            Some(reason) => Err(reason),
         },
-        Ok(Err(_panicked)) => Err(failed("the look-up crashed".to_owned())),
-        Err(_elapsed) => Err(failed("the credential helper does not answer".to_owned())),
     }
 }
 

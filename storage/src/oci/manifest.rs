@@ -27,6 +27,8 @@ pub const NYDUS_ARTIFACT_TYPE: &str = "application/vnd.nydus.image.manifest.v1+j
 pub const NYDUS_OS_FEATURE: &str = "nydus.remoteimage.v1";
 /// Annotation of a layer that is a Nydus data blob.
 pub const ANNOTATION_BLOB: &str = "containerd.io/snapshot/nydus-blob";
+/// Marks a layer that is the index of a layer used in place: its digest.
+pub const ANNOTATION_REF: &str = "containerd.io/snapshot/nydus-ref";
 /// Annotation of the layer that holds the bootstrap.
 pub const ANNOTATION_BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 /// Annotation with the RAFS version, on the bootstrap layer and on the manifest.

@@ -37,6 +37,7 @@ impl SharedBytes {
     }
 
     /// Copies `bytes` to `at`; what does not fit is left out.
+    #[cfg(test)]
     pub(super) fn store(&self, at: usize, bytes: &[u8]) {
         for (i, value) in bytes.iter().enumerate() {
             if let Some(byte) = self.get(at.saturating_add(i)) {

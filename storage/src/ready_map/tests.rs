@@ -18,6 +18,10 @@ enum Op {
     Reopen,
     /// The same in another boot of the machine.
     Reboot,
+    /// Everything that the map speaks of reaches the disk.
+    Sync,
+    /// Another data file takes the place of the one that the map speaks of.
+    DataFileReplaced,
     /// Another process opens the map while this one has it, and marks a chunk.
     MarkElsewhere(usize),
     DataFileLost,
@@ -31,8 +35,26 @@ fn op() -> impl Strategy<Value = Op> {
         2 => chunk.prop_map(Op::MarkElsewhere),
         2 => Just(Op::Reopen),
         1 => Just(Op::Reboot),
+        1 => Just(Op::Sync),
+        1 => Just(Op::DataFileReplaced),
         1 => Just(Op::DataFileLost),
     ]
+}
+
+/// Opens a map as [`cache`](crate::cache) does.
+fn open(path: &Path, chunks: u32, data: DataFileId, boot: &BootId) -> ReadyMap {
+    let found = ReadyMap::find(path, chunks, data, boot).unwrap();
+    found.open(&path.with_extension("suspects")).unwrap()
+}
+
+fn data(number: u8) -> DataFileId {
+    DataFileId([number; 16])
+}
+
+/// Without a map; what the cache does when the data file is new.
+fn fresh(path: &Path, chunks: u32, boot: &BootId) -> ReadyMap {
+    let _ = fs::remove_file(path);
+    open(path, chunks, data(1), boot)
 }
 
 proptest! {
@@ -41,11 +63,13 @@ proptest! {
     fn agrees_with_arrays_of_bool(ops in prop::collection::vec(op(), 0..60)) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("map");
-        let mut boot = BootId::test(1);
+        let mut boot = BootId::invented(1);
         let mut run = 1;
-        let mut map = ReadyMap::open(&path, CHUNKS, DataFile::Fresh, &boot).unwrap();
+        let mut file = 1;
+        let mut map = fresh(&path, CHUNKS, &boot);
         let mut ready = [false; CHUNKS as usize];
         let mut suspect = [false; CHUNKS as usize];
+        let mut synced = None;
         for op in ops {
             match op {
                 Op::Mark(i) => {
@@ -61,28 +85,41 @@ proptest! {
                     }
                 },
                 Op::MarkElsewhere(i) => {
-                    let other = ReadyMap::open(&path, CHUNKS, DataFile::Kept, &boot).unwrap();
+                    let other = open(&path, CHUNKS, data(file), &boot);
                     other.mark(index(i));
                     ready[i] = true;
                 }
                 Op::Reopen => {
                     drop(map);
-                    map = ReadyMap::open(&path, CHUNKS, DataFile::Kept, &boot).unwrap();
-                    suspect = [false; CHUNKS as usize];
+                    map = open(&path, CHUNKS, data(file), &boot);
                 }
-                Op::Reboot => {
+                Op::Sync => {
+                    map.synced(|| Ok(())).unwrap();
+                    synced = Some(ready);
+                }
+                Op::Reboot | Op::DataFileReplaced => {
                     drop(map);
-                    run += 1;
-                    boot = BootId::test(run);
-                    map = ReadyMap::open(&path, CHUNKS, DataFile::Kept, &boot).unwrap();
-                    suspect = ready;
-                    ready = [false; CHUNKS as usize];
+                    if matches!(op, Op::DataFileReplaced) {
+                        file += 1;
+                        synced = None;
+                    } else {
+                        run += 1;
+                        boot = BootId::invented(run);
+                    }
+                    map = open(&path, CHUNKS, data(file), &boot);
+                    if synced != Some(ready) {
+                        suspect.iter_mut().zip(ready).for_each(|(s, r)| *s |= r);
+                        ready = [false; CHUNKS as usize];
+                        synced = None;
+                    }
                 }
                 Op::DataFileLost => {
                     drop(map);
-                    map = ReadyMap::open(&path, CHUNKS, DataFile::Fresh, &boot).unwrap();
+                    map = fresh(&path, CHUNKS, &boot);
+                    file = 1;
                     ready = [false; CHUNKS as usize];
                     suspect = ready;
+                    synced = None;
                 }
             }
             for i in 0..ready.len() {
@@ -100,7 +137,7 @@ proptest! {
 fn the_file_is_what_other_tools_expect() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("map");
-    let map = ReadyMap::open(&path, 9, DataFile::Fresh, &BootId::test(1)).unwrap();
+    let map = fresh(&path, 9, &BootId::invented(1));
     map.mark(ChunkIndex::new(1));
     map.mark(ChunkIndex::new(8));
     let bytes = fs::read(&path).unwrap();
@@ -122,9 +159,9 @@ fn the_file_is_what_other_tools_expect() {
 fn a_torn_or_foreign_map_counts_as_empty() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("map");
-    let boot = BootId::test(1);
+    let boot = BootId::invented(1);
     let good = {
-        let map = ReadyMap::open(&path, 20, DataFile::Fresh, &boot).unwrap();
+        let map = fresh(&path, 20, &boot);
         (0..20).for_each(|i| {
             map.mark(ChunkIndex::new(i));
         });
@@ -145,7 +182,7 @@ fn a_torn_or_foreign_map_counts_as_empty() {
     ];
     for bytes in cases {
         fs::write(&path, bytes).unwrap();
-        let map = ReadyMap::open(&path, 20, DataFile::Kept, &boot).unwrap();
+        let map = open(&path, 20, data(1), &boot);
         assert_eq!(map.count(), 0);
         assert!(!map.is_suspect(ChunkIndex::new(0)));
     }
@@ -153,22 +190,24 @@ fn a_torn_or_foreign_map_counts_as_empty() {
     let mut foreign = good.clone();
     foreign[16..4096].fill(0);
     fs::write(&path, foreign).unwrap();
-    let map = ReadyMap::open(&path, 20, DataFile::Kept, &boot).unwrap();
+    let map = open(&path, 20, data(1), &boot);
     assert_eq!(map.count(), 0);
     assert!(map.is_suspect(ChunkIndex::new(19)));
-    // It was rewritten for this boot, without the bits that nobody checked.
-    let map = ReadyMap::open(&path, 20, DataFile::Kept, &boot).unwrap();
-    assert!(map.count() == 0 && !map.is_suspect(ChunkIndex::new(19)));
+    // Another process knows what is still to be checked, too.
+    map.clear_suspect(ChunkIndex::new(3));
+    let map = open(&path, 20, data(1), &boot);
+    assert!(map.count() == 0 && map.is_suspect(ChunkIndex::new(19)));
+    assert!(!map.is_suspect(ChunkIndex::new(3)));
 }
 
 #[test]
 fn a_reset_never_empties_the_map_of_another_process() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("map");
-    let boot = BootId::test(1);
-    let old = ReadyMap::open(&path, 8, DataFile::Fresh, &boot).unwrap();
+    let boot = BootId::invented(1);
+    let old = fresh(&path, 8, &boot);
     old.mark(ChunkIndex::new(3));
-    let new = ReadyMap::open(&path, 8, DataFile::Fresh, &boot).unwrap();
+    let new = open(&path, 8, data(2), &boot);
     assert!(old.is_ready(ChunkIndex::new(3)));
     // Nor do marks for the old data file reach the new map.
     old.mark(ChunkIndex::new(4));
@@ -178,13 +217,7 @@ fn a_reset_never_empties_the_map_of_another_process() {
 #[test]
 fn threads_lose_no_bit() {
     let dir = tempfile::tempdir().unwrap();
-    let map = ReadyMap::open(
-        &dir.path().join("map"),
-        4000,
-        DataFile::Fresh,
-        &BootId::test(1),
-    )
-    .unwrap();
+    let map = fresh(&dir.path().join("map"), 4000, &BootId::invented(1));
     let news: usize = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4_u32)
             .map(|thread| {

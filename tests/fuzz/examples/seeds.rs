@@ -5,10 +5,13 @@
 //! Inputs are named by what they are, so that a second run changes nothing.
 
 use std::fs;
-use std::io::Cursor;
+use std::io::{Cursor, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use libfuzzer_sys as _;
 use nydus_image::build::{BuildOptions, build_layer};
 use nydus_image::pipeline::Engine;
 use nydus_image::source::Source;
@@ -20,6 +23,12 @@ use tar::{Builder, EntryType, Header};
 
 /// Larger inputs slow a fuzzer down more than they teach it.
 const LARGEST: usize = 256 << 10;
+
+/// Instrumented crates call libFuzzer's runtime, which wants a target to exist.
+#[unsafe(no_mangle)]
+extern "C" fn rust_fuzzer_test_input(_: *const u8, _: usize) -> i32 {
+    0
+}
 
 fn main() -> Result<()> {
     let mut args = std::env::args_os().skip(1).map(PathBuf::from);
@@ -33,6 +42,11 @@ fn main() -> Result<()> {
     for selector in [0, 1, 4, 8, 0x15] {
         let input = [&[selector], layer.as_slice()].concat();
         corpus.put("tar_source", &format!("layer-{selector}"), &input)?;
+    }
+    for level in [0, 1, 9] {
+        let mut gzip = GzEncoder::new(vec![32 | 8 | 16], Compression::new(level));
+        gzip.write_all(&layer)?;
+        corpus.put("tar_source", &format!("gzip-{level}"), &gzip.finish()?)?;
     }
     match args.next() {
         Some(stored) => corpus.stored(&stored),
@@ -100,6 +114,8 @@ impl Corpus {
                 let bytes = fs::read(&path)?;
                 if path.extension().is_some_and(|e| e == "tar") {
                     self.put("tar_source", &name, &[&[0], bytes.as_slice()].concat())?;
+                } else if bytes.starts_with(&[0x1f, 0x8b]) {
+                    self.put("tar_source", &name, &[&[32], bytes.as_slice()].concat())?;
                 } else if let Ok(image) = Image::from_bytes(bytes.clone()) {
                     self.put("bootstrap", &name, &bytes)?;
                     self.tables(&name, &image, &folder)?;

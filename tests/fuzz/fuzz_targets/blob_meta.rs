@@ -12,6 +12,11 @@ use storage::format::chunk_table::ChunkTable;
 use storage::format::stored_table;
 use storage::{BlobInfo, ChunkIndex};
 
+/// Memory that opening a table may take: a table that is stored compressed may be
+/// this many times as large.
+const BASE: usize = 1 << 20;
+const FACTOR: usize = 2048;
+
 /// Chunks looked at and chunks decoded of one input.
 const CHUNKS: u32 = 10_000;
 const DECODED: u32 = 16;
@@ -20,7 +25,8 @@ fuzz_target!(|data: &[u8]| {
     let Some((info, stored)) = fuzz::decode_table_input(data) else {
         return;
     };
-    let Ok(table) = stored_table::open(&info, stored) else {
+    let open = || stored_table::open(&info, stored);
+    let Ok(table) = fuzz::memory::bounded(stored.len(), BASE, FACTOR, open) else {
         return;
     };
     assert_eq!(table.len(), info.chunk_count);

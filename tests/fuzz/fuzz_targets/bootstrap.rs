@@ -1,6 +1,6 @@
 //! A hostile bootstrap: open, verify, and use everything a mount would use.
 //!
-//! Beyond "no panic": what `verify_tree` accepts can be listed, looked up, read
+//! Beyond "no panic" and bounded memory: what `verify_tree` accepts can be listed, looked up, read
 //! and planned without an error.
 #![no_main]
 
@@ -13,13 +13,20 @@ use rafs::{FileKind, Image, Tree};
 use storage::digest::ChunkDigests;
 use storage::{BlobIndex, ChunkIndex};
 
+/// Memory that an input may take: what the lists below hold at most, and so many
+/// times its length. A directory entry of 13 bytes becomes an inode of the tree.
+const BASE: usize = 16 << 20;
+const FACTOR: usize = 64;
+
 /// Entries visited at most: a small image can name one directory many times.
 const VISITS: usize = 10_000;
 
 /// Extents taken of one file: a file of one block can claim exabytes of one chunk.
 const EXTENTS: usize = 1_000;
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(|data: &[u8]| fuzz::memory::bounded(data.len(), BASE, FACTOR, || check(data)));
+
+fn check(data: &[u8]) {
     let Ok(image) = Image::from_bytes(data.to_vec()) else {
         return;
     };
@@ -43,7 +50,7 @@ fuzz_target!(|data: &[u8]| {
     let _ = rafs::dump::dump(&image);
     let tree = Tree::from_image(&image);
     assert!(tree.is_ok() || !valid, "verified, but {:?}", tree.err());
-});
+}
 
 fn visit(image: &Image, nid: Nid, pending: &mut Vec<Nid>) -> Result<(), rafs::Error> {
     let inode = image.inode(nid)?;

@@ -6,10 +6,16 @@ use storage::Digest;
 use storage::format::tar_header;
 use storage::format::toc::{Tail, Toc, locate, tail_size};
 
+/// Memory that an input may take: one section, and so many times its length.
+const BASE: usize = 4 << 20;
+const FACTOR: usize = 64;
+
 /// Bytes a section may take in memory.
 const LIMIT: u64 = 1 << 20;
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(|data: &[u8]| fuzz::memory::bounded(data.len(), BASE, FACTOR, || check(data)));
+
+fn check(data: &[u8]) {
     let len = u64::try_from(data.len()).unwrap_or(u64::MAX);
     let tail = usize::try_from(tail_size(len)).unwrap_or(0);
     if let Ok(found) = locate(&data[data.len() - tail..]) {
@@ -28,7 +34,7 @@ fuzz_target!(|data: &[u8]| {
             assert_eq!(decoded, (name, size));
         }
     }
-});
+}
 
 fn use_toc(toc: &Toc, file: &[u8]) {
     for entry in toc.entries.iter().take(64) {

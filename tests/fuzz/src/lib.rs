@@ -1,8 +1,11 @@
 //! What the fuzz targets and the seed collector share: how an input of the
-//! `blob_meta` target is laid out.
+//! `blob_meta` target is laid out, and [`memory`], the bound on what reading a
+//! hostile file may take.
 //!
 //! Run with `misc/fuzz.sh`; every input that fails is kept below `artifacts` and
 //! belongs, cut down, into a test beside the code it broke.
+
+pub mod memory;
 
 use storage::algorithm::{Compressor, Digester};
 use storage::blob_info::{BlobFeatures, BlobInfo, MetaLocation};

@@ -15,6 +15,8 @@ pub mod compare;
 pub mod describe;
 #[path = "../../support/expand.rs"]
 pub mod expand;
+#[path = "../../support/fixtures.rs"]
+pub mod fixtures;
 #[path = "../../support/matrix.rs"]
 pub mod matrix;
 pub mod nasty;

@@ -9,26 +9,17 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
 
 use crate::build::Built;
 use crate::describe::Entry;
+use crate::fixtures;
 
-/// The directory of stored images: `NYDUS_FIXTURES`, or `shared/fixtures` beside
-/// the checkout; `None` if `NYDUS_FIXTURES=none` says to go without.
+/// The directory of stored images, which `NYDUS_FIXTURES` names; `None` if
+/// `NYDUS_FIXTURES=none` says to go without.
 pub fn root() -> Result<Option<PathBuf>> {
-    let root = match std::env::var_os("NYDUS_FIXTURES") {
-        Some(value) if value == "none" => return Ok(None),
-        Some(value) => value.into(),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/fixtures"),
-    };
-    ensure!(
-        root.join("tree.jsonl").is_file(),
-        "no stored images in {}: set NYDUS_FIXTURES to their directory, or to `none`",
-        root.display()
-    );
-    Ok(Some(root))
+    fixtures::directory()
 }
 
 /// The folders of `root` that hold an image, in name order.

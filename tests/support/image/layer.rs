@@ -118,6 +118,18 @@ pub fn write_tree(root: &Path, tar: &Path) -> Result<()> {
     Ok(())
 }
 
+/// As [`write_tree`], with holes written as zeros.
+///
+/// # Errors
+/// GNU tar fails, or the disk is full.
+pub fn write_tree_without_holes(root: &Path, tar: &Path) -> Result<()> {
+    let command = gnu_tar(tar);
+    let mut plain = Command::new(command.get_program());
+    plain.args(command.get_args().filter(|option| *option != "--sparse"));
+    succeed(plain.arg("--sort=name").arg("-C").arg(root).arg("."))?;
+    Ok(())
+}
+
 /// GNU tar, told to keep everything that the PAX format can carry.
 fn gnu_tar(tar: &Path) -> Command {
     let mut command = Command::new("tar");

@@ -8,11 +8,12 @@ use std::io::{ErrorKind, Read};
 use std::ops::Range;
 
 use rafs::tree::{Attr, Xattrs};
+use storage::original::Place;
 
 use super::header::{BLOCK, BadField, Header, until_nul};
 use super::pax::{self, Records};
 use super::sparse;
-use crate::source::{encode_device, printable};
+use crate::source::{InPlace, encode_device, printable};
 
 /// Largest extension (long name, pax records), in bytes.
 const MAX_EXTENSION: u64 = 1 << 20;
@@ -173,6 +174,22 @@ impl<R: Read> Archive<R> {
         self.read_exact(buf, "the data of an entry")?;
         self.data_left = self.data_left.saturating_sub(len);
         Ok(())
+    }
+
+    /// Fills `buf` with the next bytes of the current entry's data, and tells where
+    /// they are in `layer`, which this archive reads.
+    pub(super) fn read_chunk(
+        &mut self,
+        layer: &InPlace,
+        buf: &mut [u8],
+    ) -> Result<Place, TarError> {
+        let (archive, at) = (self.name.clone(), self.at);
+        let failed = |error| TarError {
+            archive: archive.clone(),
+            at,
+            cause: Cause::Read(error),
+        };
+        layer.chunk(buf, |buf| self.read_data(buf), failed)
     }
 
     /// Reads the stream to its end, so that its writer can finish and a compressed

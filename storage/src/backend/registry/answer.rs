@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, RETRY_AFTER};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, DATE, HeaderName, RETRY_AFTER};
 use reqwest::{Response, StatusCode};
 use url::Url;
 
@@ -17,9 +17,6 @@ use crate::backend::BackendError;
 /// Longest part of an error body that is read, and longest excerpt shown, in bytes.
 const MAX_ERROR_BODY: usize = 4096;
 const MAX_EXCERPT: usize = 160;
-
-/// Most bytes that are read and thrown away from a server that ignores ranges.
-const MAX_SKIP: u64 = 512 << 20;
 
 /// Which part of a body is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,10 +72,14 @@ pub(in crate::backend) fn timed_out(url: &Url, action: &'static str, limit: Dura
 }
 
 /// Checks the headers of a successful answer against what was asked for.
+///
+/// * `max_skip`: most bytes that may be read and thrown away from a server that
+///   ignores ranges.
 pub(in crate::backend) fn body(
     url: &Url,
     answer: &Response,
     asked: &Range<u64>,
+    max_skip: u64,
 ) -> Result<Body, Failure> {
     if answer.status() == StatusCode::PARTIAL_CONTENT {
         return partial(url, answer, asked);
@@ -96,7 +97,7 @@ pub(in crate::backend) fn body(
         Some(len) if len < asked.end => return Err(short(len)),
         _ => {}
     }
-    if asked.start > MAX_SKIP {
+    if asked.start > max_skip {
         return Err(Failure::never(BackendError::WrongRange {
             url: public_name(url),
             asked: asked.clone(),
@@ -192,10 +193,17 @@ pub(in crate::backend) async fn status_error(url: &Url, answer: Response, ours: 
 }
 
 fn retry_after(answer: &Response) -> Again {
-    match header_number(answer, RETRY_AFTER.as_str()) {
-        Some(seconds) => Again::After(Duration::from_secs(seconds)),
-        // Absent, or a date: our own clock may be wrong, so wait as usual.
-        None => Again::Later,
+    if let Some(seconds) = header_number(answer, RETRY_AFTER.as_str()) {
+        return Again::After(Duration::from_secs(seconds));
+    }
+    // A date counts from the server's own, as our clock may be wrong.
+    let date = |name: HeaderName| {
+        let value = answer.headers().get(name)?.to_str().ok()?;
+        httpdate::parse_http_date(value.trim()).ok()
+    };
+    match (date(RETRY_AFTER), date(DATE)) {
+        (Some(then), Some(now)) => Again::After(then.duration_since(now).unwrap_or_default()),
+        _ => Again::Later,
     }
 }
 

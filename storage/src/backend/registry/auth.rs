@@ -1,8 +1,13 @@
 //! Answers the registry's challenges and keeps what came of it.
 //!
 //! A registry says in a 401 answer how it wants to be spoken to: with a password
-//! (`Basic`), or with a token from a token service that it names (`Bearer`). The
-//! result is used for all requests until it expires or is refused.
+//! (`Basic`), or with a token from a token service that it names (`Bearer`; `token`
+//! asks for one). The result is used for all requests until it expires or is
+//! refused. A token in use is renewed in the background before its end, so that no
+//! reader waits for it; one that nobody used since the last renewal is left to end.
+//!
+//! Credentials can be replaced at any time by [`Authenticator::replace`], and are by
+//! what a [`CredentialProvider`] says once those in use are refused.
 //!
 //! Promises: one request for a token at a time, whose result all waiters share; a
 //! password goes to a token service without TLS only if the registry itself is
@@ -14,65 +19,50 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http_auth::parser::ChallengeParser;
-use reqwest::header::{AUTHORIZATION, HeaderValue};
-use reqwest::{Response, StatusCode};
-use serde::Deserialize;
+use reqwest::Response;
+use reqwest::header::HeaderValue;
 use url::Url;
 
-use super::answer::{public_name, status_error, timed_out, transport};
-use super::retry::{Again, Failure};
+use super::answer::public_name;
+use super::config::Timeouts;
+use super::retry::Failure;
+use super::token::{self, TokenSource};
 use crate::backend::BackendError;
-use crate::sync::{Mutex, lock};
+pub use crate::oci::Credentials;
+use crate::sync::{Arc, Mutex, MutexGuard, Weak, lock};
 
-/// Longest answer of a token service that is read, in bytes.
-const MAX_TOKEN_ANSWER: usize = 1 << 20;
+/// Longest wait for a [`CredentialProvider`], which may run a program.
+const PROVIDER_LIMIT: Duration = Duration::from_secs(30);
 
-/// Life of a token that does not say (the distribution specification's default),
-/// and how long before its end it is renewed.
-const DEFAULT_LIFE: u64 = 60;
-const MARGIN: Duration = Duration::from_secs(5);
+/// A provider whose credentials did not help is not asked again for so long.
+const PROVIDER_PAUSE: Duration = Duration::from_secs(10);
 
-/// Who we are to a registry.
-#[derive(Clone, Default)]
-pub enum Credentials {
-    /// Nobody in particular.
-    #[default]
-    Anonymous,
-    /// User and password.
-    Basic {
-        /// The user.
-        username: String,
-        /// The password.
-        password: String,
-    },
-    /// A token that the registry accepts as it is.
-    Bearer(String),
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Anonymous => "Anonymous",
-            Self::Basic { .. } => "Basic(..)",
-            Self::Bearer(_) => "Bearer(..)",
-        })
-    }
+/// Knows credentials that may change, like a credential helper.
+pub trait CredentialProvider: Send + Sync {
+    /// The credentials of this moment. Called when those in use were refused; may
+    /// block for some seconds.
+    ///
+    /// # Errors
+    /// Why there are none, without any secret.
+    fn credentials(&self) -> Result<Credentials, String>;
 }
 
 /// What goes into the `Authorization` header now.
 #[derive(Clone)]
-struct Grant {
-    header: HeaderValue,
+pub(super) struct Grant {
+    pub(super) header: HeaderValue,
     /// When to stop using it; `None` for never.
-    renew: Option<Instant>,
+    pub(super) renew: Option<Instant>,
 }
 
-/// How to get a token.
-#[derive(Clone)]
-struct TokenSource {
-    realm: Url,
-    service: Option<String>,
-    scope: String,
+/// What changes as a whole when credentials are replaced.
+struct State {
+    credentials: Credentials,
+    /// Counts replacements, so that a token of older credentials is not kept.
+    generation: u64,
+    grant: Option<Grant>,
+    /// Whether the grant was used since it was made.
+    used: bool,
 }
 
 enum Challenge {
@@ -81,107 +71,184 @@ enum Challenge {
 }
 
 pub(super) struct Authenticator {
-    credentials: Credentials,
+    http: reqwest::Client,
+    timeouts: Timeouts,
     scope: String,
-    grant: Mutex<Option<Grant>>,
+    state: Mutex<State>,
     /// Held while a token is fetched: an async lock, whose waiters use no thread.
     source: tokio::sync::Mutex<Option<TokenSource>>,
+    provider: Option<Arc<dyn CredentialProvider>>,
+    asked_provider: Mutex<Option<Instant>>,
+    /// For tasks that must not keep the backend alive.
+    me: Weak<Self>,
 }
 
 impl Authenticator {
-    pub(super) fn new(credentials: Credentials, repo: &str) -> Result<Self, BackendError> {
-        let grant = match &credentials {
-            Credentials::Bearer(token) => Some(bearer(token, None).ok_or_else(|| {
-                BackendError::Config("the token has characters that no token has".to_owned())
-            })?),
-            _ => None,
-        };
-        Ok(Self {
-            credentials,
+    pub(super) fn new(
+        http: reqwest::Client,
+        timeouts: Timeouts,
+        repo: &str,
+        credentials: Credentials,
+        provider: Option<Arc<dyn CredentialProvider>>,
+    ) -> Result<Arc<Self>, BackendError> {
+        let grant = first_grant(&credentials)?;
+        Ok(Arc::new_cyclic(|me| Self {
+            http,
+            timeouts,
             scope: format!("repository:{repo}:pull"),
-            grant: Mutex::new(grant),
+            state: Mutex::new(State {
+                credentials,
+                generation: 0,
+                grant,
+                used: false,
+            }),
             source: tokio::sync::Mutex::new(None),
-        })
+            provider,
+            asked_provider: Mutex::new(None),
+            me: Weak::clone(me),
+        }))
+    }
+
+    /// Uses other credentials from the next request on.
+    ///
+    /// # Errors
+    /// [`BackendError::Config`] for a token that cannot be sent; nothing changes then.
+    pub(super) fn replace(&self, credentials: Credentials) -> Result<(), BackendError> {
+        let grant = first_grant(&credentials)?;
+        let mut state = self.state();
+        state.credentials = credentials;
+        state.generation += 1;
+        state.grant = grant;
+        *lock(&self.asked_provider) = None;
+        Ok(())
     }
 
     /// The header for the next request. Renews a token that is about to expire.
-    pub(super) async fn header(
-        &self,
-        client: &super::Client,
-    ) -> Result<Option<HeaderValue>, Failure> {
-        let (header, expired) = match &*lock(&self.grant) {
-            None => return Ok(None),
-            Some(grant) => {
-                let expired = grant.renew.is_some_and(|renew| renew <= Instant::now());
-                (grant.header.clone(), expired)
-            }
+    pub(super) async fn header(&self) -> Result<Option<HeaderValue>, Failure> {
+        let (header, expired) = {
+            let mut state = self.state();
+            let Some(grant) = &state.grant else {
+                return Ok(None);
+            };
+            let expired = grant.renew.is_some_and(|renew| renew <= Instant::now());
+            let header = grant.header.clone();
+            state.used = true;
+            (header, expired)
         };
         if !expired {
             return Ok(Some(header));
         }
-        let source = self.source.lock().await;
-        if let Some(source) = &*source
-            && self.is_current(&header)
-        {
-            self.renew(client, source).await?;
-        }
+        self.renew(&header).await?;
         Ok(self.current())
+    }
+
+    /// Fetches a token in place of `header`, unless that has happened.
+    async fn renew(&self, header: &HeaderValue) -> Result<(), Failure> {
+        let source = self.source.lock().await;
+        match &*source {
+            Some(source) if self.current().as_ref() == Some(header) => {
+                self.fetch_token(source).await
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Reacts to a 401 answer to a request that was sent with `used`.
     pub(super) async fn answer(
         &self,
-        client: &super::Client,
         url: &Url,
         answer: &Response,
         used: Option<&HeaderValue>,
     ) -> Result<(), Failure> {
         let mut source = self.source.lock().await;
         let current = self.current();
-        if current.is_some() && current.as_ref() != used {
-            return Ok(()); // Another request has been here meanwhile.
+        if current.as_ref() != used {
+            return Ok(()); // Another request has been here, or the credentials are new.
         }
-        match self.challenge(url, answer)? {
-            Challenge::Basic => {
-                let header = self.basic().filter(|header| used != Some(header));
-                let refused = || match self.credentials {
-                    Credentials::Basic { .. } => denied(url, "user or password is wrong"),
-                    _ => denied(url, "the registry wants a user and a password"),
-                };
-                let header = header.ok_or_else(refused)?;
-                *lock(&self.grant) = Some(Grant {
-                    header,
-                    renew: None,
-                });
-                Ok(())
+        let result = match self.challenge(url, answer)? {
+            Challenge::Basic => self.use_password(url, used),
+            Challenge::Bearer(_) if matches!(self.state().credentials, Credentials::Bearer(_)) => {
+                Err(denied(
+                    url,
+                    "the given token was refused; it may have expired",
+                ))
             }
-            Challenge::Bearer(_) if matches!(self.credentials, Credentials::Bearer(_)) => Err(
-                denied(url, "the given token was refused; it may have expired"),
-            ),
             Challenge::Bearer(wanted) => {
-                self.renew(client, &wanted).await?;
+                let result = self.fetch_token(&wanted).await;
                 *source = Some(wanted);
-                Ok(())
+                result
             }
+        };
+        match result {
+            Err(failure) if matches!(failure.error, BackendError::Auth { .. }) => {
+                if self.ask_provider().await {
+                    Ok(())
+                } else {
+                    Err(failure)
+                }
+            }
+            result => result,
         }
+    }
+
+    fn use_password(&self, url: &Url, used: Option<&HeaderValue>) -> Result<(), Failure> {
+        let mut state = self.state();
+        let header = basic(&state.credentials).filter(|header| used != Some(header));
+        let header = header.ok_or_else(|| match state.credentials {
+            Credentials::Basic { .. } => denied(url, "user or password is wrong"),
+            _ => denied(url, "the registry wants a user and a password"),
+        })?;
+        let renew = None;
+        state.grant = Some(Grant { header, renew });
+        Ok(())
+    }
+
+    /// Whether the provider had other credentials than those that were refused.
+    async fn ask_provider(&self) -> bool {
+        let Some(provider) = self.provider.clone() else {
+            return false;
+        };
+        {
+            let mut asked = lock(&self.asked_provider);
+            if asked.is_some_and(|asked| asked.elapsed() < PROVIDER_PAUSE) {
+                return false;
+            }
+            *asked = Some(Instant::now());
+        }
+        let task = tokio::task::spawn_blocking(move || provider.credentials());
+        let found = match tokio::time::timeout(PROVIDER_LIMIT, task).await {
+            Ok(Ok(Ok(found))) => found,
+            Ok(Ok(Err(reason))) => {
+                tracing::warn!("asking for new credentials: {reason}");
+                return false;
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!("asking for new credentials brought no answer");
+                return false;
+            }
+        };
+        let Ok(grant) = first_grant(&found) else {
+            return false;
+        };
+        let mut state = self.state();
+        if state.credentials == found {
+            return false;
+        }
+        state.credentials = found;
+        state.generation += 1;
+        state.grant = grant;
+        true
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
 
     fn current(&self) -> Option<HeaderValue> {
-        lock(&self.grant).as_ref().map(|grant| grant.header.clone())
-    }
-
-    fn is_current(&self, header: &HeaderValue) -> bool {
-        self.current().as_ref() == Some(header)
-    }
-
-    fn basic(&self) -> Option<HeaderValue> {
-        let Credentials::Basic { username, password } = &self.credentials else {
-            return None;
-        };
-        let pair = STANDARD.encode(format!("{username}:{password}"));
-        let mut header = HeaderValue::from_str(&format!("Basic {pair}")).ok()?;
-        header.set_sensitive(true);
-        Some(header)
+        self.state()
+            .grant
+            .as_ref()
+            .map(|grant| grant.header.clone())
     }
 
     /// The first challenge that we can answer.
@@ -222,110 +289,82 @@ impl Authenticator {
         match realm.scheme() {
             "https" => true,
             "http" => {
-                registry.scheme() == "http" || matches!(self.credentials, Credentials::Anonymous)
+                let nobody = matches!(self.state().credentials, Credentials::Anonymous);
+                registry.scheme() == "http" || nobody
             }
             _ => false,
         }
     }
 
-    async fn renew(&self, client: &super::Client, source: &TokenSource) -> Result<(), Failure> {
-        let grant = self.fetch_token(client, source).await?;
-        *lock(&self.grant) = Some(grant);
+    async fn fetch_token(&self, source: &TokenSource) -> Result<(), Failure> {
+        let (credentials, generation) = {
+            let state = self.state();
+            (state.credentials.clone(), state.generation)
+        };
+        let limit = self.timeouts.connect + self.timeouts.read;
+        let (grant, identity) = token::fetch(&self.http, limit, source, &credentials).await?;
+        self.refresh_later(&grant);
+        let mut state = self.state();
+        if state.generation != generation {
+            return Ok(()); // The credentials were replaced meanwhile: the next request sees.
+        }
+        if let Some(identity) = identity {
+            state.credentials = Credentials::Identity(identity);
+        }
+        state.grant = Some(grant);
+        state.used = false;
         Ok(())
     }
 
-    async fn fetch_token(
-        &self,
-        client: &super::Client,
-        source: &TokenSource,
-    ) -> Result<Grant, Failure> {
-        const ACTION: &str = "asking for a token";
-        let mut url = source.realm.clone();
-        url.query_pairs_mut().append_pair("scope", &source.scope);
-        if let Some(service) = &source.service {
-            url.query_pairs_mut().append_pair("service", service);
-        }
-        let mut request = client.http.get(url.clone());
-        if let Some(basic) = self.basic() {
-            request = request.header(AUTHORIZATION, basic);
-        }
-        let limit = client.timeouts.connect + client.timeouts.read;
-        let exchange = async {
-            let answer = request
-                .send()
-                .await
-                .map_err(|error| transport(&url, ACTION, error))?;
-            self.read_token(&url, answer).await
+    /// Has the token replaced at three quarters of its life, if it is used until then.
+    fn refresh_later(&self, grant: &Grant) {
+        let Some(renew) = grant.renew else {
+            return;
         };
-        match tokio::time::timeout(limit, exchange).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(timed_out(&url, ACTION, limit)),
-        }
-    }
-
-    async fn read_token(&self, url: &Url, mut answer: Response) -> Result<Grant, Failure> {
-        let requested = Instant::now();
-        let status = answer.status();
-        if status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN {
-            return Err(denied(
-                url,
-                match self.credentials {
-                    Credentials::Anonymous => "the token service wants a user and a password",
-                    _ => "the token service refused the user or password",
-                },
-            ));
-        }
-        if !status.is_success() {
-            let mut failure = status_error(url, answer, true).await;
-            if let (Again::Never, BackendError::Status { status, detail, .. }) =
-                (failure.again, &failure.error)
-            {
-                let reason = format!("the token service answered {status}{detail}");
-                failure = Failure::never(auth_error(url, reason));
+        let (me, header) = (Weak::clone(&self.me), grant.header.clone());
+        let wait = renew.saturating_duration_since(Instant::now()) * 3 / 4;
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            let Some(me) = me.upgrade() else {
+                return;
+            };
+            if !me.state().used {
+                return;
             }
-            return Err(failure);
-        }
-        let mut body = Vec::new();
-        while let Some(piece) = answer
-            .chunk()
-            .await
-            .map_err(|error| transport(url, "reading a token", error))?
-        {
-            body.extend_from_slice(&piece);
-            if body.len() > MAX_TOKEN_ANSWER {
-                return Err(denied(url, "the token service's answer is too long"));
+            if let Err(failure) = me.renew(&header).await {
+                // The next request tries again, and says so if it fails.
+                tracing::debug!(error = %failure.error, "renewing a token early failed");
             }
-        }
-        token_grant(&body, requested).ok_or_else(|| denied(url, "the token service sent no token"))
+        });
     }
 }
 
-#[derive(Deserialize)]
-struct TokenAnswer {
-    token: Option<String>,
-    access_token: Option<String>,
-    expires_in: Option<u64>,
+/// What can be sent without any challenge.
+fn first_grant(credentials: &Credentials) -> Result<Option<Grant>, BackendError> {
+    let Credentials::Bearer(token) = credentials else {
+        return Ok(None);
+    };
+    let strange = || BackendError::Config("the token has characters that no token has".to_owned());
+    token::bearer(token, None).map(Some).ok_or_else(strange)
 }
 
-fn token_grant(body: &[u8], requested: Instant) -> Option<Grant> {
-    let answer: TokenAnswer = serde_json::from_slice(body).ok()?;
-    let token = answer
-        .token
-        .or(answer.access_token)
-        .filter(|token| !token.is_empty())?;
-    // A day is long enough, and keeps the sum in range.
-    let life = Duration::from_secs(answer.expires_in.unwrap_or(DEFAULT_LIFE).min(86_400));
-    let renew = requested + life.saturating_sub(MARGIN.min(life / 2));
-    bearer(&token, Some(renew))
-}
-
-fn bearer(token: &str, renew: Option<Instant>) -> Option<Grant> {
-    let mut header = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+pub(super) fn basic(credentials: &Credentials) -> Option<HeaderValue> {
+    let Credentials::Basic { username, password } = credentials else {
+        return None;
+    };
+    let pair = STANDARD.encode(format!("{username}:{password}"));
+    let mut header = HeaderValue::from_str(&format!("Basic {pair}")).ok()?;
     header.set_sensitive(true);
-    Some(Grant { header, renew })
+    Some(header)
 }
 
-fn auth_error(url: &Url, reason: String) -> BackendError {
+impl fmt::Debug for Authenticator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.state().credentials.fmt(f)
+    }
+}
+
+pub(super) fn auth_error(url: &Url, reason: String) -> BackendError {
     BackendError::Auth {
         url: public_name(url),
         reason,
@@ -334,39 +373,4 @@ fn auth_error(url: &Url, reason: String) -> BackendError {
 
 pub(super) fn denied(url: &Url, reason: &str) -> Failure {
     Failure::never(auth_error(url, reason.to_owned()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_are_read_leniently_and_end_early() {
-        let now = Instant::now();
-        let grant = token_grant(br#"{"token":"a","expires_in":300}"#, now).unwrap();
-        assert_eq!(grant.renew.unwrap() - now, Duration::from_secs(295));
-        assert!(grant.header.is_sensitive());
-        let grant = token_grant(br#"{"access_token":"b","expires_in":2}"#, now).unwrap();
-        assert_eq!(grant.renew.unwrap() - now, Duration::from_secs(1));
-        assert!(token_grant(br#"{"access_token":"b"}"#, now).is_some());
-        for bad in [
-            &br"{}"[..],
-            b"",
-            b"{\"token\":\"\"}",
-            b"{\"token\":\"a\\nb\"}",
-            b"<html>",
-        ] {
-            assert!(token_grant(bad, now).is_none());
-        }
-    }
-
-    #[test]
-    fn credentials_are_not_printed() {
-        let basic = Credentials::Basic {
-            username: "u".into(),
-            password: "hunter2".into(),
-        };
-        let text = format!("{basic:?} {:?}", Credentials::Bearer("hunter2".into()));
-        assert!(!text.contains("hunter2"), "{text}");
-    }
 }

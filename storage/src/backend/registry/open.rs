@@ -1,10 +1,9 @@
 //! One attempt at a request, up to the headers of a successful answer.
 //!
 //! A registry often redirects to an object store, with a signed URL that is good for
-//! some minutes. The URL is remembered per blob and used directly until the store
-//! refuses it; then the registry is asked again, which costs no attempt.
+//! some minutes. The URL is remembered per blob and used directly until it ends or
+//! the store refuses it; then the registry is asked again, which costs no attempt.
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, RANGE};
@@ -14,43 +13,18 @@ use url::Url;
 use super::Client;
 use super::answer::{public_name, sanitise, status_error, timed_out, transport};
 use super::auth::denied;
-use super::retry::Failure;
+use super::endpoint::Endpoint;
+use super::retry::{Again, Failure};
 use crate::backend::BackendError;
 use crate::blob_id::BlobId;
 use crate::metrics::add;
-use crate::sync::{Mutex, lock};
 
 /// Most redirects of one request.
 const MAX_REDIRECTS: u32 = 5;
 
-/// Most challenges answered for one request: one, and one more if a remembered
-/// token turned out to be stale.
-const MAX_CHALLENGES: u32 = 2;
-
-/// Most remembered redirects; an image has at most 254 blobs.
-const MAX_REMEMBERED: usize = 1024;
-
-/// Where blobs were found last, if not at the registry.
-#[derive(Default)]
-pub(super) struct Redirects(Mutex<HashMap<BlobId, Url>>);
-
-impl Redirects {
-    fn get(&self, blob: &BlobId) -> Option<Url> {
-        lock(&self.0).get(blob).cloned()
-    }
-
-    fn remember(&self, blob: &BlobId, url: &Url) {
-        let mut urls = lock(&self.0);
-        if urls.len() >= MAX_REMEMBERED {
-            urls.clear();
-        }
-        urls.insert(blob.clone(), url.clone());
-    }
-
-    fn forget(&self, blob: &BlobId) {
-        lock(&self.0).remove(blob);
-    }
-}
+/// Most challenges answered for one request: one, one more if a remembered token
+/// turned out to be stale, and one if the credentials themselves had to be replaced.
+const MAX_CHALLENGES: u32 = 3;
 
 impl Client {
     /// Sends a request for a blob and returns the answer (200 or 206) and its URL.
@@ -58,23 +32,24 @@ impl Client {
     /// * `range`: bytes of the blob, never empty.
     pub(super) async fn open(
         &self,
+        endpoint: &Endpoint,
         method: &Method,
         blob: &BlobId,
         range: Range<u64>,
     ) -> Result<(Url, Response), Failure> {
         // A signed URL is good for one method only.
         if method == Method::GET
-            && let Some(url) = self.redirects.get(blob)
+            && let Some(url) = endpoint.redirects.get(blob)
         {
-            match self.open_remembered(&url, blob, &range).await? {
+            match self.open_remembered(endpoint, &url, blob, &range).await? {
                 Some(answer) => return Ok((url, answer)),
                 None => add(&self.metrics.redirects_renewed, 1),
             }
         }
-        let home = self.blob_url(blob).map_err(Failure::never)?;
-        let (url, answer) = self.open_at(method, home.clone(), &range).await?;
+        let home = endpoint.blob_url(blob).map_err(Failure::never)?;
+        let (url, answer) = self.open_at(endpoint, method, home.clone(), &range).await?;
         if method == Method::GET && url != home {
-            self.redirects.remember(blob, &url);
+            endpoint.redirects.remember(blob, &url);
         }
         Ok((url, answer))
     }
@@ -82,15 +57,19 @@ impl Client {
     /// `None` if the remembered URL is good no more.
     async fn open_remembered(
         &self,
+        endpoint: &Endpoint,
         url: &Url,
         blob: &BlobId,
         range: &Range<u64>,
     ) -> Result<Option<Response>, Failure> {
-        let answer = match self.send(&Method::GET, url, range, None, false).await {
+        let sent = self
+            .send(endpoint, &Method::GET, url, range, None, false)
+            .await;
+        let answer = match sent {
             Ok(answer) => answer,
             Err(failure) => {
                 // The host may be gone for good; the registry may know a better one.
-                self.redirects.forget(blob);
+                endpoint.redirects.forget(blob, url);
                 return Err(failure);
             }
         };
@@ -100,7 +79,7 @@ impl Client {
                 Err(status_error(url, answer, false).await)
             }
             _ => {
-                self.redirects.forget(blob);
+                endpoint.redirects.forget(blob, url);
                 Ok(None)
             }
         }
@@ -108,6 +87,7 @@ impl Client {
 
     async fn open_at(
         &self,
+        endpoint: &Endpoint,
         method: &Method,
         mut url: Url,
         range: &Range<u64>,
@@ -115,25 +95,26 @@ impl Client {
         let (mut redirects, mut challenges) = (0, 0);
         loop {
             // Only the registry itself gets credentials and extra headers.
-            let ours = url.origin() == self.base.origin();
+            let ours = url.origin() == endpoint.base.origin();
             let authorization = if ours {
-                self.auth.header(self).await?
+                endpoint.auth.header().await?
             } else {
                 None
             };
             let answer = self
-                .send(method, &url, range, authorization.as_ref(), ours)
+                .send(endpoint, method, &url, range, authorization.as_ref(), ours)
                 .await?;
             match answer.status().as_u16() {
                 200 | 206 => return Ok((url, answer)),
                 301 | 302 | 303 | 307 | 308 if redirects < MAX_REDIRECTS => {
                     redirects += 1;
-                    url = redirect_target(&url, &answer)?;
+                    url = redirect_target(endpoint, &url, &answer)?;
                 }
                 401 if ours && challenges < MAX_CHALLENGES => {
                     challenges += 1;
-                    self.auth
-                        .answer(self, &url, &answer, authorization.as_ref())
+                    endpoint
+                        .auth
+                        .answer(&url, &answer, authorization.as_ref())
                         .await?;
                 }
                 401 if ours => {
@@ -142,6 +123,13 @@ impl Client {
                         "the credentials were accepted, but not for this",
                     ));
                 }
+                // A registry, or a cache in front of it, may hand out a signed URL
+                // that has just ended.
+                401 | 403 if !ours => {
+                    let failure = status_error(&url, answer, ours).await;
+                    let again = Again::Later;
+                    return Err(Failure { again, ..failure });
+                }
                 _ => return Err(status_error(&url, answer, ours).await),
             }
         }
@@ -149,6 +137,7 @@ impl Client {
 
     async fn send(
         &self,
+        endpoint: &Endpoint,
         method: &Method,
         url: &Url,
         range: &Range<u64>,
@@ -156,9 +145,10 @@ impl Client {
         ours: bool,
     ) -> Result<Response, Failure> {
         const ACTION: &str = "sending a request";
-        let mut request = self.http.request(method.clone(), url.clone());
+        let http = if ours { &endpoint.http } else { &endpoint.away };
+        let mut request = http.request(method.clone(), url.clone());
         if ours {
-            request = request.headers(self.headers.clone());
+            request = request.headers(endpoint.headers.clone());
         }
         if let Some(header) = authorization {
             request = request.header(AUTHORIZATION, header);
@@ -177,13 +167,14 @@ impl Client {
     }
 }
 
-fn redirect_target(from: &Url, answer: &Response) -> Result<Url, Failure> {
+fn redirect_target(endpoint: &Endpoint, from: &Url, answer: &Response) -> Result<Url, Failure> {
     let location = answer
         .headers()
         .get(LOCATION)
         .and_then(|value| value.to_str().ok());
     let target = location.and_then(|location| from.join(location).ok());
     target
+        .and_then(|target| rewritten(endpoint, target))
         .filter(|target| matches!(target.scheme(), "http" | "https"))
         .ok_or_else(|| {
             let target = location.map(|location| location.split('?').next().unwrap_or_default());
@@ -196,4 +187,17 @@ fn redirect_target(from: &Url, answer: &Response) -> Result<Url, Failure> {
                 ),
             })
         })
+}
+
+/// The target with host and scheme replaced, where the configuration says so.
+fn rewritten(endpoint: &Endpoint, mut target: Url) -> Option<Url> {
+    if let Some(scheme) = endpoint.redirect_scheme {
+        target.set_scheme(&scheme.to_string()).ok()?;
+    }
+    if let Some(host) = &endpoint.redirect_host {
+        let other = Url::parse(&format!("{}://{host}/", target.scheme())).ok()?;
+        target.set_host(other.host_str()).ok()?;
+        target.set_port(other.port()).ok()?;
+    }
+    Some(target)
 }

@@ -1,6 +1,8 @@
+mod credentials;
+mod mirrors;
 mod server;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use server::{Reply, Server};
 
@@ -8,7 +10,7 @@ use super::*;
 use crate::backend::Stop;
 use crate::backend::{Priority, fetch_to_vec};
 use crate::codec::as_u64;
-use crate::sync::Ordering;
+use crate::sync::{Ordering, lock};
 
 const PASSWORD: &str = "hunter2";
 
@@ -501,7 +503,125 @@ fn settings_that_cannot_work_are_refused() {
     let error = RegistryBackend::new(config.clone()).unwrap_err();
     assert!(!error.to_string().contains("secret"), "{error}");
     config.headers.clear();
+    config.client_certificate = Some(ClientCertificate {
+        certificate: "/no/such/cert.pem".into(),
+        key: "/no/such/key.pem".into(),
+    });
+    let error = RegistryBackend::new(config.clone()).unwrap_err();
+    assert!(error.to_string().contains("/no/such/cert.pem"), "{error}");
     config.ca_files = vec!["/does/not/exist.pem".into()];
     let error = RegistryBackend::new(config).unwrap_err();
     assert!(error.to_string().contains("/does/not/exist.pem"), "{error}");
+}
+
+#[test]
+fn a_server_that_brings_a_little_each_time_ends_at_the_deadline() {
+    let server = Server::new(|request, _| Reply::range(request, &data()).cut(4096, false));
+    let mut config = config(&server);
+    config.timeouts.total = Duration::from_millis(500);
+    config.retry.first_delay = Duration::from_millis(50);
+    let start = Instant::now();
+    let error = fetch(&RegistryBackend::new(config).unwrap(), 0..300_000).unwrap_err();
+    let elapsed = start.elapsed();
+    assert!(matches!(error, BackendError::GaveUp { .. }), "{error}");
+    // One second more for the length of the range.
+    assert!((0.4..3.0).contains(&elapsed.as_secs_f64()), "{elapsed:?}");
+    assert!(server.requests().len() > 3);
+}
+
+#[test]
+fn the_receiver_may_stop_while_nothing_comes() {
+    let server = Server::new(|_, _| Reply::silence());
+    let mut config = config(&server);
+    config.timeouts.read = Duration::from_secs(10);
+    let backend = RegistryBackend::new(config).unwrap();
+    let request = Fetch {
+        blob: &blob(),
+        range: 0..300_000,
+        priority: Priority::Prefetch,
+    };
+    let start = Instant::now();
+    let result = backend.fetch(&request, &mut |piece| {
+        assert!(piece.is_empty());
+        if start.elapsed() > Duration::from_millis(300) {
+            return Err(Stop);
+        }
+        Ok(())
+    });
+    assert!(matches!(result, Err(BackendError::Stopped)));
+    assert!(start.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn a_date_to_come_back_at_counts_from_the_date_of_the_server() {
+    let server = Server::new(|request, number| match number {
+        // Both long ago: only the difference matters.
+        0 => Reply::new(503, Vec::new())
+            .with("date", "Sun, 06 Nov 1994 08:49:37 GMT")
+            .with("retry-after", "Sun, 06 Nov 1994 08:49:38 GMT"),
+        _ => Reply::range(request, &data()),
+    });
+    let start = Instant::now();
+    expect(&backend(&server), 0..10);
+    assert!(start.elapsed() >= Duration::from_secs(1));
+}
+
+#[test]
+fn a_redirect_that_has_ended_is_not_tried() {
+    let store = Server::new(|request, _| Reply::range(request, &data()));
+    let host = store.host();
+    let registry = Server::new(move |_, number| {
+        // The first one ends in 2 s, and so is renewed after one.
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let end = now.unwrap().as_secs() + if number == 0 { 2 } else { 600 };
+        let target = format!("http://{host}/object?md5=a&expires={end}&number={number}");
+        Reply::new(307, Vec::new()).with("location", &target)
+    });
+    let backend = backend(&registry);
+    expect(&backend, 0..10);
+    std::thread::sleep(Duration::from_millis(1100));
+    expect(&backend, 0..10);
+    expect(&backend, 0..10);
+    assert_eq!(registry.requests().len(), 2);
+    assert_eq!(store.requests().len(), 3, "none was refused");
+}
+
+#[test]
+fn the_host_of_redirects_can_be_set() {
+    let store = Server::new(|request, _| Reply::range(request, &data()));
+    let registry = Server::new(move |_, _| {
+        Reply::new(307, Vec::new()).with("location", "https://unreachable.invalid:1/object?a=b")
+    });
+    let mut config = config(&registry);
+    config.redirect_host = Some(store.host());
+    config.redirect_scheme = Some(Scheme::Http);
+    expect(&RegistryBackend::new(config).unwrap(), 0..10);
+    assert_eq!(store.requests()[0].path, "/object?a=b");
+}
+
+#[test]
+fn head_that_was_refused_is_not_tried_again() {
+    let server = Server::new(|request, _| match request.method.as_str() {
+        "HEAD" => Reply::new(405, Vec::new()),
+        _ => Reply::range(request, &data()),
+    });
+    let backend = backend(&server);
+    for _ in 0..3 {
+        assert_eq!(backend.size(&blob()).unwrap(), 300_000);
+    }
+    let methods: Vec<_> = server.requests().iter().map(|r| r.method.clone()).collect();
+    assert_eq!(methods, ["HEAD", "GET", "GET", "GET"]);
+    assert_eq!(server.requests()[1].header("range"), Some("bytes=0-0"));
+}
+
+#[test]
+fn addresses_of_version_6_work() {
+    let store = Server::at("[::1]:0", |request, _| Reply::range(request, &data()));
+    let host = store.host();
+    let registry = Server::at("[::1]:0", move |_, _| {
+        Reply::new(307, Vec::new()).with("location", &format!("http://{host}/object"))
+    });
+    assert!(registry.host().starts_with("[::1]:"));
+    expect(&backend(&registry), 7..70_000);
+    assert_eq!(store.requests().len(), 1);
 }

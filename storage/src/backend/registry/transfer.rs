@@ -1,5 +1,6 @@
 //! Delivers every byte of a range, in as many attempts as it takes.
 
+use std::future::Future;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -8,65 +9,81 @@ use reqwest::{Method, Response};
 use url::Url;
 
 use super::Client;
-use super::answer::{self, Body, public_name, timed_out, transport};
-use super::retry::{Attempts, Failure};
+use super::answer::{self, Body, chain, public_name, timed_out, transport};
+use super::config::Timeouts;
+use super::endpoint::Endpoint;
+use super::retry::{Attempts, Failure, RetryLimits};
 use crate::backend::BackendError;
 use crate::backend::bridge::Output;
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
+use crate::metrics::{Metrics, add};
+use crate::sync::Ordering;
 
 /// Bytes per second that even a slow link carries: for each, large fetches get a
 /// second more.
-pub(in crate::backend) const SLOW_LINK: u64 = 256 << 10;
+const SLOW_LINK: u64 = 256 << 10;
 
 /// Bytes that an attempt must have brought to count as progress. Less would let a
 /// broken server keep us busy for long.
-pub(in crate::backend) const PROGRESS: u64 = 4096;
+const PROGRESS: u64 = 4096;
 
-impl Client {
-    /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
-    pub(super) async fn transfer(&self, blob: &BlobId, range: Range<u64>, out: Output) {
-        let len = range.end.saturating_sub(range.start);
-        let total = self.timeouts.total + Duration::from_secs(len / SLOW_LINK);
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, total);
-        let deadline = attempts.deadline;
-        let mut at = range.start;
-        let work = self.deliver(blob, &mut at, range.end, &out, &mut attempts);
-        let result = match tokio::time::timeout_at(deadline, work).await {
-            Ok(result) => result,
-            Err(_elapsed) => {
-                let error = BackendError::Transport {
-                    url: format!("{}sha256:{blob}", self.base),
-                    action: "transferring a range",
-                    source: format!("{} of {len} bytes came in {total:?}", at - range.start).into(),
-                };
-                Err(attempts.gave_up(error))
-            }
-        };
-        if let Err(error) = result {
-            // Nobody there: then nobody cares about the error either.
-            let _ = out.send(Err(error)).await;
-        }
-    }
-
-    async fn deliver(
+/// Something that delivers bytes of blobs in several attempts.
+pub(in crate::backend) trait Source: Sync {
+    /// One attempt. `at` moves past what was delivered, also on error.
+    fn attempt(
         &self,
         blob: &BlobId,
         at: &mut u64,
         end: u64,
         out: &Output,
-        attempts: &mut Attempts<'_>,
-    ) -> Result<(), BackendError> {
-        while *at < end {
-            let before = *at;
-            if let Err(failure) = self.attempt(blob, at, end, out).await {
-                attempts.after(failure, *at - before >= PROGRESS).await?;
+    ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// The blob's URL as it may be shown.
+    fn name(&self, blob: &BlobId) -> String;
+
+    /// What bounds the attempts of one fetch.
+    fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics);
+}
+
+/// Sends the bytes of `range` to `out`, in order and each once, then closes it.
+pub(in crate::backend) async fn transfer(
+    source: &impl Source,
+    blob: &BlobId,
+    range: Range<u64>,
+    out: Output,
+) {
+    let len = range.end.saturating_sub(range.start);
+    let (retry, timeouts, metrics) = source.limits();
+    let total = timeouts.total + Duration::from_secs(len / SLOW_LINK);
+    let mut attempts = Attempts::new(retry, metrics, total);
+    let deadline = attempts.deadline;
+    let mut at = range.start;
+    let work = async {
+        while at < range.end {
+            let before = at;
+            if let Err(failure) = source.attempt(blob, &mut at, range.end, &out).await {
+                attempts.after(failure, at - before >= PROGRESS).await?;
             }
         }
         Ok(())
+    };
+    let result = match tokio::time::timeout_at(deadline, work).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(attempts.gave_up(BackendError::Transport {
+            url: source.name(blob),
+            action: "transferring a range",
+            source: format!("{} of {len} bytes came in {total:?}", at - range.start).into(),
+        })),
+    };
+    if let Err(error) = result {
+        // Nobody there: then nobody cares about the error either.
+        let _ = out.send(Err(error)).await;
     }
+}
 
-    /// One request. `at` moves past what was delivered, also on error.
+impl Source for Client {
+    /// Asks the mirrors that are well, in their order, then the registry.
     async fn attempt(
         &self,
         blob: &BlobId,
@@ -74,30 +91,132 @@ impl Client {
         end: u64,
         out: &Output,
     ) -> Result<(), Failure> {
-        let (url, answer) = self.open(&Method::GET, blob, *at..end).await?;
-        let body = answer::body(&url, &answer, &(*at..end))?;
+        for mirror in &self.mirrors {
+            let Some(health) = mirror.health.as_ref().filter(|health| health.usable()) else {
+                continue;
+            };
+            match self.attempt_at(mirror, blob, at, end, out).await {
+                Ok(()) => {
+                    health.succeeded();
+                    return Ok(());
+                }
+                Err(failure) => self.mirror_failed(mirror, failure)?,
+            }
+        }
+        self.attempt_at(&self.origin, blob, at, end, out).await
+    }
+
+    fn name(&self, blob: &BlobId) -> String {
+        format!("{}sha256:{blob}", self.origin.base)
+    }
+
+    fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
+        (&self.retry, &self.timeouts, &self.metrics)
+    }
+}
+
+impl Client {
+    /// Notes what went wrong; an error if there is no point in going on.
+    fn mirror_failed(&self, mirror: &Endpoint, failure: Failure) -> Result<(), Failure> {
+        if matches!(failure.error, BackendError::Stopped) {
+            return Err(failure);
+        }
+        add(&self.metrics.mirror_failures, 1);
+        let text = chain(&failure.error);
+        tracing::debug!("mirror: {text}; trying the next source");
+        // That it has not got the blob, or must not give it, is no sign of illness.
+        let well = matches!(
+            failure.error,
+            BackendError::Status {
+                status: 400..=428,
+                ..
+            } | BackendError::Auth { .. }
+        );
+        if let Some(health) = &mirror.health
+            && !well
+        {
+            let dead = matches!(failure.error, BackendError::Transport { .. });
+            health.failed(dead, &mirror.http, &text);
+        }
+        Ok(())
+    }
+
+    async fn attempt_at(
+        &self,
+        endpoint: &Endpoint,
+        blob: &BlobId,
+        at: &mut u64,
+        end: u64,
+        out: &Output,
+    ) -> Result<(), Failure> {
+        let asked = *at..end;
+        let (url, answer) = self
+            .open(endpoint, &Method::GET, blob, asked.clone())
+            .await?;
+        let body = answer::body(&url, &answer, &asked, endpoint.max_skip)?;
+        if body.skip > 0 && !endpoint.ignores_ranges.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "{} ignores ranges: everything before a range is read and thrown away",
+                endpoint.base.host_str().unwrap_or_default()
+            );
+        }
+        add(&self.metrics.bytes_skipped, body.skip);
         stream(self.timeouts.read, &url, answer, body, at, out).await
     }
 
     /// Length of a blob: by HEAD, or where that is refused by asking for one byte.
     pub(super) async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
         let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
-        loop {
-            let failure = match self.size_once(blob).await {
-                Ok(size) => return Ok(size),
-                Err(failure) => failure,
-            };
-            attempts.after(failure, false).await?;
+        let deadline = attempts.deadline;
+        let work = async {
+            loop {
+                let failure = match self.size_once(blob).await {
+                    Ok(size) => return Ok(size),
+                    Err(failure) => failure,
+                };
+                attempts.after(failure, false).await?;
+            }
+        };
+        match tokio::time::timeout_at(deadline, work).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(BackendError::Transport {
+                url: format!("{}sha256:{blob}", self.origin.base),
+                action: "asking for the length of a blob",
+                source: format!("no answer in {:?}", self.timeouts.total).into(),
+            }),
         }
     }
 
     async fn size_once(&self, blob: &BlobId) -> Result<u64, Failure> {
-        if let Ok((_, answer)) = self.open(&Method::HEAD, blob, 0..0).await
-            && let Some(size) = answer::total_size(&answer)
-        {
-            return Ok(size);
+        for mirror in &self.mirrors {
+            if mirror.health.as_ref().is_some_and(|health| health.usable()) {
+                match self.size_at(mirror, blob).await {
+                    Ok(size) => return Ok(size),
+                    Err(failure) => self.mirror_failed(mirror, failure)?,
+                }
+            }
         }
-        let (url, answer) = self.open(&Method::GET, blob, 0..1).await?;
+        self.size_at(&self.origin, blob).await
+    }
+
+    async fn size_at(&self, endpoint: &Endpoint, blob: &BlobId) -> Result<u64, Failure> {
+        if !endpoint.refuses_head.load(Ordering::Relaxed) {
+            let refused = match self.open(endpoint, &Method::HEAD, blob, 0..0).await {
+                Ok((_, answer)) => match answer::total_size(&answer) {
+                    Some(size) => return Ok(size),
+                    None => true,
+                },
+                Err(failure) => matches!(
+                    failure.error,
+                    BackendError::Status {
+                        status: 403 | 405 | 501,
+                        ..
+                    }
+                ),
+            };
+            endpoint.refuses_head.store(refused, Ordering::Relaxed);
+        }
+        let (url, answer) = self.open(endpoint, &Method::GET, blob, 0..1).await?;
         answer::total_size(&answer).ok_or_else(|| {
             Failure::never(BackendError::WrongRange {
                 url: public_name(&url),

@@ -132,7 +132,15 @@ pub(super) struct Server {
 impl Server {
     /// * `handler`: gets each request and its number, from 0.
     pub(super) fn new(handler: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::at("127.0.0.1:0", handler)
+    }
+
+    /// * `address`: to listen at.
+    pub(super) fn at(
+        address: &str,
+        handler: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(address).unwrap();
         let address = listener.local_addr().unwrap();
         let (log, stop) = (
             Arc::<Mutex<Vec<Request>>>::default(),
