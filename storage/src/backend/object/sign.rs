@@ -256,7 +256,8 @@ fn place(config: &ObjectConfig) -> Result<Place, BackendError> {
     }
     let endpoint = &config.endpoint;
     let endpoint_ok = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
-    if !endpoint.chars().all(endpoint_ok) {
+    let has_default = matches!(config.store, Store::Azure { .. } | Store::Gcs);
+    if !endpoint.chars().all(endpoint_ok) || endpoint.is_empty() && !has_default {
         return Err(bad("endpoint", endpoint));
     }
     let segment_ok = |segment: &str| !matches!(segment, "." | "..");
