@@ -144,63 +144,71 @@ mod tests {
         (format!("{} {}", mount.r#type, mount.source), mount.options)
     }
 
+    /// What a stack looks like as a mount.
+    struct Shape {
+        kind: Kind,
+        lower: &'static [&'static str],
+        lazy: bool,
+        /// Type and source of the mount.
+        head: &'static str,
+        options: &'static [&'static str],
+    }
+
+    const SHAPES: &[Shape] = &[
+        Shape {
+            kind: Kind::Active,
+            lower: &[],
+            lazy: false,
+            head: "bind /r/snapshots/7/fs",
+            options: &["rw", "rbind"],
+        },
+        Shape {
+            kind: Kind::View,
+            lower: &[],
+            lazy: false,
+            head: "bind /r/snapshots/7/fs",
+            options: &["ro", "rbind"],
+        },
+        Shape {
+            kind: Kind::View,
+            lower: &["/a"],
+            lazy: false,
+            head: "bind /a",
+            options: &["ro", "rbind"],
+        },
+        Shape {
+            kind: Kind::View,
+            lower: &["/a"],
+            lazy: true,
+            head: "overlay overlay",
+            options: &["lowerdir=/a:/r/snapshots/7/fs"],
+        },
+        Shape {
+            kind: Kind::View,
+            lower: &["/a", "/b"],
+            lazy: false,
+            head: "overlay overlay",
+            options: &["lowerdir=/a:/b"],
+        },
+        Shape {
+            kind: Kind::Active,
+            lower: &["/a", "/b"],
+            lazy: true,
+            head: "overlay overlay",
+            options: &[
+                "workdir=/r/snapshots/7/work",
+                "upperdir=/r/snapshots/7/fs",
+                "lowerdir=/a:/b",
+            ],
+        },
+    ];
+
     #[test]
     fn every_shape() {
-        let table: [(Kind, &[&str], bool, &str, &[&str]); 6] = [
-            (
-                Kind::Active,
-                &[],
-                false,
-                "bind /r/snapshots/7/fs",
-                &["rw", "rbind"],
-            ),
-            (
-                Kind::View,
-                &[],
-                false,
-                "bind /r/snapshots/7/fs",
-                &["ro", "rbind"],
-            ),
-            (Kind::View, &["/a"], false, "bind /a", &["ro", "rbind"]),
-            (
-                Kind::View,
-                &["/a"],
-                true,
-                "overlay overlay",
-                &["lowerdir=/a:/r/snapshots/7/fs"],
-            ),
-            (
-                Kind::View,
-                &["/a", "/b"],
-                false,
-                "overlay overlay",
-                &["lowerdir=/a:/b"],
-            ),
-            (
-                Kind::Active,
-                &["/a", "/b"],
-                true,
-                "overlay overlay",
-                &[
-                    "workdir=/r/snapshots/7/work",
-                    "upperdir=/r/snapshots/7/fs",
-                    "lowerdir=/a:/b",
-                ],
-            ),
-        ];
-        for (kind, lower, lazy, head, wanted) in table {
-            let (found, options) = options(kind, lower, lazy);
-            assert_eq!(
-                (found.as_str(), options.as_slice()),
-                (
-                    head,
-                    wanted
-                        .iter()
-                        .map(|s| (*s).to_owned())
-                        .collect::<Vec<_>>()
-                        .as_slice()
-                )
-            );
+        for shape in SHAPES {
+            let (head, found) = options(shape.kind, shape.lower, shape.lazy);
+            assert_eq!(head, shape.head);
+            assert_eq!(found, shape.options);
         }
     }
 }
