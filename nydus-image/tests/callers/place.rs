@@ -156,9 +156,10 @@ impl Place {
             .into_iter()
             .flatten()
         {
-            if !self.path(fifo).exists() {
-                self.fifo(fifo);
-            }
+            // A new one for each run: a process that another test is just starting can
+            // hold the old one's reading end open for a moment, and be fed.
+            let _ = fs::remove_file(self.path(fifo));
+            self.fifo(fifo);
         }
         // As the converter does: opened before the program starts, and never waited for.
         let drain = call.drain.map(|fifo| {
