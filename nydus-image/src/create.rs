@@ -202,6 +202,7 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
         .context("cannot read prefetch patterns from standard input")?;
     let options = BuildOptions {
         compressor: args.compressor.unwrap_or(Compressor::Zstd),
+        level: args.compression_level,
         digester: args.digester,
         chunk_size: args.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
         batch_size: args.batch_size,

@@ -261,7 +261,7 @@ fn what_is_refused_and_why() {
             LOCAL,
             r#""type":"localfs""#,
             r#""type":"localdisk""#,
-            &["`backend.type`", "local disk", "not supported"],
+            &["`backend.localdisk` is missing"],
         ),
         (
             LOCAL,
