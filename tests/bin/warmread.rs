@@ -2,7 +2,8 @@
 //! same reads of the cache file, and against copying memory.
 //!
 //! What is left between the rows is what asking costs: the ready map, the chunk table,
-//! and a counter. `misc/bench/warmread.sh` runs it.
+//! and a counter. The last rows are what a miss costs beside the network: decoding and
+//! verifying. `misc/bench/warmread.sh` runs it.
 
 use std::hint::black_box;
 use std::io::Write as _;
@@ -16,6 +17,7 @@ use storage::backend::Priority;
 use storage::backend::local::LocalBackend;
 use storage::blob::{Blob, Served};
 use storage::cache::CacheDir;
+use storage::{Compressor, Digest, Digester, codec};
 use support::blob::SampleBlob;
 
 /// Measure reads of resident data.
@@ -82,11 +84,28 @@ fn main() -> Result<()> {
         ensure!(black_box(resident), "not resident");
         Ok(())
     })?;
+    // About as compressible as programs are: half noise, half zeros.
+    let mut plain = sample.plain[..step].to_vec();
+    plain.chunks_mut(64).for_each(|part| {
+        let half = part.len() / 2;
+        part[half..].fill(0);
+    });
+    let packed = codec::compress(Compressor::Zstd, &plain)?.unwrap_or_default();
+    let decode = bench(&mut |_| {
+        codec::decompress_into(Compressor::Zstd, black_box(&packed), &mut buffer)?;
+        Ok(())
+    })?;
+    let digest = bench(&mut |_| {
+        black_box(Digest::of(Digester::Blake3, black_box(&plain)));
+        Ok(())
+    })?;
     let mut out = std::io::stdout();
     writeln!(out, "reads of {} KiB, one thread, GB/s", cli.kib)?;
     writeln!(out, "{:<34}{memory:>8.1}", "copying memory")?;
     writeln!(out, "{:<34}{raw:>8.1}", "pread of the cache file")?;
     writeln!(out, "{:<34}{storage:>8.1}", "through storage")?;
     writeln!(out, "{:<34}{asked:>8.1}", "asking alone, nothing is copied")?;
+    writeln!(out, "{:<34}{decode:>8.1}", "decoding zstd")?;
+    writeln!(out, "{:<34}{digest:>8.1}", "digest (BLAKE3)")?;
     Ok(())
 }
