@@ -11,8 +11,8 @@ help: ## List these targets
 install: ## Install Debian packages and Rust, if missing (as root)
 	@misc/install.sh
 
-build: install ## Build nydusd and nydus-image, optimised, into target/release
-	cargo build --release --locked -p nydusd -p nydus-image -p e2e
+build: install ## Build nydusd, nydus-image and nydus-snapshotter, optimised, into target/release
+	cargo build --release --locked -p nydusd -p nydus-image -p snapshotter -p e2e
 
 demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for your own
 	NYDUS_BIN_DIR=target/release target/release/demo $(if $(IMAGE),'$(IMAGE)')

@@ -17,6 +17,7 @@ use rafs::merge::{WhiteoutSpec, apply};
 use rafs::tree::{Content, Tree};
 use rafs::writer::{self, WriteOptions};
 use storage::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
+use storage::codec::DEFAULT_ZSTD_LEVEL;
 use storage::{BlobInfo, Compressor, Digester, original};
 
 use crate::pipeline::Engine;
@@ -33,6 +34,8 @@ use crate::source::{Progress, Scanned, Source, SourceError};
 pub struct BuildOptions {
     /// How chunks are compressed.
     pub compressor: Compressor,
+    /// zstd level, as in [`storage::codec::Encoding`].
+    pub level: i32,
     /// How chunks are identified.
     pub digester: Digester,
     /// Largest chunk in bytes: a power of two from 4 KiB to 16 MiB.
@@ -67,6 +70,7 @@ impl Default for BuildOptions {
     fn default() -> Self {
         Self {
             compressor: Compressor::Zstd,
+            level: DEFAULT_ZSTD_LEVEL,
             digester: Digester::Blake3,
             chunk_size: 1 << 20,
             batch_size: 0,
@@ -111,6 +115,7 @@ impl BuildOptions {
     fn blob(&self, original: Option<original::Kind>) -> BlobOptions {
         BlobOptions {
             compressor: self.compressor,
+            level: self.level,
             digester: self.digester,
             chunk_size: self.chunk_size,
             blob_toc: self.blob_toc,
@@ -197,10 +202,7 @@ pub fn build_layer(
     let blob = options.blob(source.original());
     let mut writer = BlobWriter::new(out, blob).map_err(StoreError::Write)?;
     let layer = Arc::new(LayerContext::new(
-        match blob.original {
-            Some(_) => Compressor::None,
-            None => options.compressor,
-        },
+        blob.encoding(),
         options.digester,
         item::len(options.chunk_size),
         Arc::clone(&options.known),

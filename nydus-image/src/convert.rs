@@ -42,6 +42,10 @@ use progress::Progress;
 
 /// Layers that are converted at a time, unless told otherwise. More cores than that are
 /// used by the chunks of these layers.
+/// zstd level of converted images, which are sent over the network more often than made.
+/// Against level 1 this takes twice the time for 15 % fewer bytes; three levels more take
+/// twice the time again, for less than 1 %.
+const LEVEL: i32 = 9;
 const DEFAULT_JOBS: usize = 4;
 /// How long threads may take to notice that the command was interrupted.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -93,6 +97,16 @@ pub struct Args {
     )]
     compressor: Compressor,
 
+    /// How hard zstd tries: 1 is fastest, 19 smallest
+    #[arg(
+        long,
+        value_name = "level",
+        default_value_t = LEVEL,
+        value_parser = clap::value_parser!(i32).range(1..=19),
+        help_heading = "Format"
+    )]
+    compression_level: i32,
+
     /// How chunks are identified and verified: blake3 or sha256
     #[arg(
         long,
@@ -117,7 +131,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "batch-size",
-        default_value = "0x40000",
+        default_value = "0x20000",
         value_parser = parse_size,
         help_heading = "Format"
     )]
@@ -297,6 +311,7 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
     check_sizes(args)?;
     Ok(BuildOptions {
         compressor: args.compressor,
+        level: args.compression_level,
         digester: match args.oci_ref {
             // All layers of an image have the same, and those used in place have this one.
             true => Digester::Sha256,

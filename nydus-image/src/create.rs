@@ -219,6 +219,7 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
             Some(_) => Compressor::None,
             None => args.compressor.unwrap_or(Compressor::Zstd),
         },
+        level: args.compression_level,
         digester: args.digester,
         chunk_size: args.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
         batch_size: args.batch_size,
