@@ -8,6 +8,7 @@
 //! threads; memory for file data stays within the engine's budget; `out` is
 //! written front to back and never read.
 
+use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,6 +60,10 @@ pub struct BuildOptions {
     pub known: Arc<Known>,
     /// The image that the layer is put on. The result then describes both.
     pub parent: Option<Arc<Tree>>,
+    /// An empty file that gets the uncompressed address space of the blob: the chunks as
+    /// a cache has them. Needs a layer that is not compressed by the build, without
+    /// batches: [`BuildOptions::plain_into`].
+    pub plain: Option<Arc<File>>,
 }
 
 impl Default for BuildOptions {
@@ -77,11 +82,24 @@ impl Default for BuildOptions {
             progress: None,
             known: Arc::default(),
             parent: None,
+            plain: None,
         }
     }
 }
 
 impl BuildOptions {
+    /// Also writes the uncompressed address space, to the empty file `plain`. The blob is
+    /// then stored without compression and batches.
+    #[must_use]
+    pub fn plain_into(self, plain: File) -> Self {
+        Self {
+            compressor: Compressor::None,
+            batch_size: 0,
+            plain: Some(Arc::new(plain)),
+            ..self
+        }
+    }
+
     /// What the format prescribes for layers that are used in place
     /// ([`Source::InPlace`]).
     #[must_use]
@@ -188,6 +206,7 @@ pub fn build_layer(
         options.digester,
         item::len(options.chunk_size),
         Arc::clone(&options.known),
+        options.plain.clone(),
     ));
     let (scanned, stored) = run(engine, source, options, &layer, &mut writer)?;
     drop(layer);

@@ -144,8 +144,10 @@ pub struct Args {
 
     /// Keep the layers as they are and make only indexes of them
     ///
-    /// Needs layers of gzip or plain tar. The target gets the original layers unless it
-    /// has them; converting within one repository sends little but metadata.
+    /// The target gets the original layers unless it has them; converting within one
+    /// repository sends little but metadata. Layers that cannot be used in place are
+    /// converted as without this option, and a warning says so: those compressed with
+    /// zstd, and those that have a file with holes.
     #[arg(
         long,
         conflicts_with_all = ["compressor", "digester", "batch_size"],
@@ -283,8 +285,8 @@ async fn convert(
         from,
         to: Images::open(target, &access).await?,
         engine: Engine::for_this_machine(),
+        in_place: args.oci_ref.then(|| options.clone().in_place()),
         options,
-        in_place: args.oci_ref,
         dictionary,
         work_dir,
         progress: Progress::new(),
@@ -307,10 +309,14 @@ async fn convert(
 
 fn options(args: &Args) -> anyhow::Result<BuildOptions> {
     check_sizes(args)?;
-    let options = BuildOptions {
+    Ok(BuildOptions {
         compressor: args.compressor,
         level: args.compression_level,
-        digester: args.digester,
+        digester: match args.oci_ref {
+            // All layers of an image have the same, and those used in place have this one.
+            true => Digester::Sha256,
+            false => args.digester,
+        },
         chunk_size: args.chunk_size,
         // A chunk size below the default batch size makes that pointless, not wrong.
         batch_size: args.batch_size.min(args.chunk_size),
@@ -318,11 +324,6 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
         inline_bootstrap: true,
         prefetch: prefetch(args)?,
         ..BuildOptions::default()
-    };
-    Ok(if args.oci_ref {
-        options.in_place()
-    } else {
-        options
     })
 }
 
@@ -358,7 +359,11 @@ fn dictionary(args: &Args, options: &mut BuildOptions) -> anyhow::Result<Vec<Blo
         return Ok(Vec::new());
     };
     let dictionary = Reused::dictionary(value)?;
-    dictionary.check(&options.traits())?;
+    let traits = match args.oci_ref {
+        true => options.clone().in_place().traits(),
+        false => options.traits(),
+    };
+    dictionary.check(&traits)?;
     let mut known = Known::default();
     known.add(&dictionary, options.digester)?;
     options.known = Arc::new(known);

@@ -99,7 +99,8 @@ pub struct Args {
     #[arg(short = 'D', long, value_name = "blob-dir", help_heading = "Output")]
     pub blob_dir: Option<PathBuf>,
 
-    /// Directory for files of a blob cache; not supported
+    /// Existing directory for cache files instead of a blob: ID.blob.data and ID.blob.meta,
+    /// as a daemon has them once everything was read
     #[arg(long, value_name = "blob-cache-dir", help_heading = "Output")]
     pub blob_cache_dir: Option<PathBuf>,
 

@@ -58,6 +58,9 @@ pub enum StoreError {
     /// The blob could not be written.
     #[error("cannot write the blob")]
     Write(#[source] WriteError),
+    /// The uncompressed data could not be written.
+    #[error("cannot write the uncompressed data")]
+    Plain(#[source] std::io::Error),
     /// A worker thread died, which is a bug; its panic message says more.
     #[error("a worker thread has died")]
     WorkerLost,

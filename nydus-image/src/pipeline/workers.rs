@@ -4,6 +4,7 @@
 //! works. Which worker takes which item does not influence the result.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -32,6 +33,8 @@ pub(crate) struct LayerContext {
     pub(crate) dedup: Dedup,
     /// Chunks of other images, which need not be stored.
     pub(crate) known: Arc<Known>,
+    /// Gets every chunk that is stored, at its place in the uncompressed address space.
+    pub(crate) plain: Option<Arc<File>>,
     /// One chunk of zeros: the content of holes.
     pub(crate) zeros: Vec<u8>,
     /// Digest and checksum of zeros by length, so that a large hole is hashed once.
@@ -131,12 +134,14 @@ impl LayerContext {
         digester: Digester,
         chunk_size: usize,
         known: Arc<Known>,
+        plain: Option<Arc<File>>,
     ) -> Self {
         Self {
             encoding,
             digester,
             dedup: Dedup::default(),
             known,
+            plain,
             zeros: vec![0; chunk_size],
             hole_digests: Mutex::default(),
         }

@@ -445,6 +445,25 @@ fn a_proxy_with_fallback_is_by_passed_aloud() {
 }
 
 #[test]
+fn a_stream_that_will_not_be_fetched_is_said() {
+    let v2 = LOCAL.replacen(
+        r#""prefetch":{"enable":false}"#,
+        r#""prefetch":{"enable":true,"stream_prefetch":true}"#,
+        1,
+    );
+    let v1 = V1.replacen(
+        r#""prefetch_all": true"#,
+        r#""prefetch_all": true, "stream_prefetch": true"#,
+        1,
+    );
+    for text in [v1, v2] {
+        let config = Config::parse(&text).unwrap();
+        let warned = |text: &String| text.contains("stream_prefetch: no effect");
+        assert!(config.warnings.iter().any(warned), "{:?}", config.warnings);
+    }
+}
+
+#[test]
 fn an_endless_file_is_refused() {
     // Never ends, so it has to be cut off.
     assert!(Config::load(Path::new("/dev/zero")).is_err());

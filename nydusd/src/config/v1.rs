@@ -85,7 +85,9 @@ fn prefetch(root: &mut Section<'_>) -> Result<Option<Prefetch>, ConfigError> {
         bandwidth: table.number("bandwidth_rate", 0, 0..=u64::from(u32::MAX))?,
         all: table.flag("prefetch_all", true)?,
     };
-    table.flag("stream_prefetch", false)?;
+    if table.flag("stream_prefetch", false)? {
+        table.warn("stream_prefetch", "no effect, the usual prefetch is done");
+    }
     root.close(table);
     Ok(enabled.then_some(prefetch))
 }

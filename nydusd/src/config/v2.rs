@@ -112,7 +112,9 @@ fn prefetch(section: &mut Section<'_>) -> Result<Option<Prefetch>, ConfigError> 
         bandwidth: table.number("bandwidth_limit", 0, 0..=u64::from(u32::MAX))?,
         all: table.flag("prefetch_all", false)?,
     };
-    table.flag("stream_prefetch", false)?;
+    if table.flag("stream_prefetch", false)? {
+        table.warn("stream_prefetch", "no effect, the usual prefetch is done");
+    }
     section.close(table);
     Ok(enabled.then_some(prefetch))
 }
