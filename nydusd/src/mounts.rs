@@ -6,7 +6,8 @@
 //! the bootstrap only: no blob is touched before somebody reads a file.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use rafs::image::Image;
@@ -24,6 +25,7 @@ use storage::gate;
 use storage::metrics::Metrics;
 use storage::oci::credentials::DockerConfig;
 use storage::oci::{Access, RegistryRef};
+use storage::prefetch::{Prefetch, Watch};
 
 use crate::config::{self, Config, Login};
 use crate::follow;
@@ -38,6 +40,8 @@ const HEADER_PREFIX: &str = "NYDUS_HEADER_";
 
 /// Environment variable with the credentials for the registry.
 const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
+/// How often is looked whether a list has been prefetched.
+const LIST_POLL: Duration = Duration::from_millis(50);
 
 /// Where the parts of one image are.
 #[derive(Debug)]
@@ -266,8 +270,10 @@ pub(crate) fn open(source: Source, shared: &Shared) -> anyhow::Result<RafsFs> {
     if let Some(gate) = gate {
         blobs.iter().for_each(|blob| blob.set_gate(gate.clone()));
     }
-    explore(&image, &blobs);
-    follow::start(&image, &blobs);
+    let prefetch = prefetch::start(&image, &blobs, &source.prefetch);
+    // Who names files knows more than can be guessed; who wants everything, less.
+    let list = prefetch.as_ref().filter(|_| !source.prefetch.all);
+    guess(&image, &blobs, list.map(Prefetch::watch));
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
@@ -276,7 +282,7 @@ pub(crate) fn open(source: Source, shared: &Shared) -> anyhow::Result<RafsFs> {
     );
     let recorder = source.record.as_deref();
     let background = Background {
-        prefetch: prefetch::start(&image, &blobs, &source.prefetch),
+        prefetch,
         recorder: recorder
             .map(|path| Recorder::new(&image, path))
             .transpose()?,
@@ -284,18 +290,36 @@ pub(crate) fn open(source: Source, shared: &Shared) -> anyhow::Result<RafsFs> {
     Ok(RafsFs::new(Slot::FIRST, image, blobs, background))
 }
 
-/// Finds out in the background which chunks belong together.
-fn explore(image: &Arc<Image>, blobs: &[Arc<Blob>]) {
-    let (image, blobs) = (Arc::clone(image), blobs.to_vec());
-    let thread = std::thread::Builder::new().name("explore".to_owned());
-    let started = thread.spawn(move || match image.neighbourhoods() {
-        Ok(found) => blobs
-            .iter()
-            .zip(found)
-            .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
-        Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+/// Has what readers want next guessed from the image, once `list` has been fetched:
+/// until then, guesses would compete with it for the link.
+fn guess(image: &Arc<Image>, blobs: &[Arc<Blob>], list: Option<Watch>) {
+    if list.is_none() {
+        follow::start(image, blobs);
+    }
+    let image = Arc::clone(image);
+    // Weak: this may outlast the mount.
+    let blobs: Vec<_> = blobs.iter().map(Arc::downgrade).collect();
+    let thread = std::thread::Builder::new().name("guess".to_owned());
+    let started = thread.spawn(move || {
+        let neighbourhoods = image.neighbourhoods();
+        while list.as_ref().is_some_and(Watch::is_running) {
+            std::thread::sleep(LIST_POLL);
+        }
+        let Some(blobs) = blobs.iter().map(Weak::upgrade).collect::<Option<Vec<_>>>() else {
+            return;
+        };
+        match neighbourhoods {
+            Ok(found) => blobs
+                .iter()
+                .zip(found)
+                .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
+            Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+        }
+        if list.is_some() {
+            follow::start(&image, &blobs);
+        }
     });
     if let Err(error) = started {
-        tracing::debug!("no speculation on neighbours: {error}");
+        tracing::debug!("no speculation on files: {error}");
     }
 }

@@ -16,7 +16,7 @@ use crate::backend::Priority;
 use crate::blob::Blob;
 use crate::error::ReadError;
 use crate::metrics::{Metrics, add};
-use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, lock, wait};
+use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, Weak, lock, wait};
 
 /// Attempts for each step.
 const ATTEMPTS: u32 = 5;
@@ -180,6 +180,12 @@ impl Prefetch {
         self.0.progress()
     }
 
+    /// For those who want to know when it has ended.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::downgrade(&self.0))
+    }
+
     /// Begins no further steps until [`Prefetch::resume`]. May be called at any time.
     pub fn pause(&self) {
         self.0.change(State::Running, State::Paused);
@@ -188,13 +194,26 @@ impl Prefetch {
     /// Whether no step is begun at the moment: paused, or the cache has no room.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        let work = lock(&self.0.work);
-        work.state == State::Paused || work.no_room
+        self.0.is_held()
     }
 
     /// Goes on after [`Prefetch::pause`].
     pub fn resume(&self) {
         self.0.change(State::Paused, State::Running);
+    }
+}
+
+/// Looks at a prefetch without keeping it.
+#[derive(Clone, Debug)]
+pub struct Watch(Weak<Shared>);
+
+impl Watch {
+    /// Whether steps are left and being worked on.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.0
+            .upgrade()
+            .is_some_and(|shared| !shared.progress().is_over() && !shared.is_held())
     }
 }
 
@@ -224,6 +243,11 @@ fn cut(steps: &mut VecDeque<Step>, blob: &Arc<Blob>, plain: &Range<u64>, len: u6
 }
 
 impl Shared {
+    fn is_held(&self) -> bool {
+        let work = lock(&self.work);
+        work.state != State::Running || work.no_room
+    }
+
     fn progress(&self) -> Progress {
         Progress {
             total: self.total,
