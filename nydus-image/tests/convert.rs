@@ -594,7 +594,7 @@ fn layers_that_cannot_be_used_in_place_are_converted() {
         .map(str::to_owned)
         .collect();
     assert_eq!(warnings.len(), 1, "{warnings:?}");
-    for words in ["layer 2/4", "zstd", "converting this layer instead"] {
+    for words in ["layer 2/4", "zstd", "converted, because it cannot stay"] {
         assert!(warnings[0].contains(words), "{warnings:?}");
     }
 

@@ -142,7 +142,10 @@ impl Job {
         });
         let layer = match work.await.context("the conversion crashed")? {
             Err(error) if layer::cannot_stay(&error) => {
-                progress.warn(&format!("{error:#}; converting this layer instead"));
+                let reason = error.root_cause();
+                progress.warn(&format!(
+                    "converted, because it cannot stay as it is: {reason}"
+                ));
                 return Ok(None);
             }
             result => result?,
