@@ -230,7 +230,7 @@ mod tests {
         disk[1024..2048].fill(0);
         for (entry, (kind, id, sectors)) in disk[1024..2048].chunks_mut(128).zip(partitions) {
             entry[..16].copy_from_slice(kind);
-            if let Some(rest) = id.get(NAME..) {
+            if let Some(rest) = id.get(NAME..).filter(|rest| !rest.is_empty()) {
                 // 00112233-4455-6677-8899-aabbccddeeff has its first half turned around.
                 let byte = |i: usize| u8::from_str_radix(&rest[2 * i..2 * i + 2], 16).unwrap();
                 for (at, from) in [3, 2, 1, 0, 5, 4, 7, 6]
@@ -243,7 +243,12 @@ mod tests {
             }
             entry[32..40].copy_from_slice(&sectors.start.to_le_bytes());
             entry[40..48].copy_from_slice(&(sectors.end - 1).to_le_bytes());
-            for (unit, pair) in id[..NAME].bytes().zip(entry[56..].chunks_mut(2)) {
+            for (unit, pair) in id
+                .get(..NAME)
+                .unwrap_or_default()
+                .bytes()
+                .zip(entry[56..].chunks_mut(2))
+            {
                 pair[0] = unit;
             }
         }
