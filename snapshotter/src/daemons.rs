@@ -10,7 +10,7 @@
 //! [`Daemons::attach`] returns when the image can be read; credentials reach a
 //! daemon through its environment and are never in a file or a command line.
 //!
-//! [`process`] starts, finds and ends processes; [`settings`] writes the
+//! Its module `process` starts, finds and ends processes; `settings` writes the
 //! configuration of one daemon.
 
 pub(crate) mod process;
