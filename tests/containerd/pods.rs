@@ -208,10 +208,11 @@ fn reader(node: &Node, cri: &mut Cri, pod: &RunningPod, name: &str) -> String {
     let container = loop {
         match cri.run(pod, name, &image, &["sh", "-c", LOOP]) {
             Ok(container) => break container,
-            // containerd pauses for some seconds before it connects to a plugin again.
+            // containerd learns of a plugin's death from a request of its own, and
+            // then pauses for some seconds before it connects again.
             Err(error)
                 if began.elapsed() < Duration::from_secs(20)
-                    && format!("{error:#}").contains("refused") =>
+                    && format!("{error:#}").contains("Unavailable") =>
             {
                 thread::sleep(Duration::from_millis(200));
             }
