@@ -11,8 +11,8 @@ help: ## List these targets
 install: ## Install Debian packages and Rust, if missing (as root)
 	@misc/install.sh
 
-build: install ## Build nydusd and nydus-image, optimised, into target/release
-	cargo build --release --locked -p nydusd -p nydus-image -p e2e
+build: install ## Build nydusd, nydus-image and nydus-snapshotter, optimised, into target/release
+	cargo build --release --locked -p nydusd -p nydus-image -p snapshotter -p e2e
 
 demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for your own
 	NYDUS_BIN_DIR=target/release target/release/demo $(if $(IMAGE),'$(IMAGE)')
@@ -33,6 +33,7 @@ bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/fuse.sh
 	misc/bench/coldstart.sh
 	misc/bench/datapath.sh
+	misc/bench/warmread.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

@@ -13,7 +13,8 @@ export NYDUS_BIN_DIR=$BIN
   'default||' \
   "recording||--record-files $list" \
   "list||--prefetch-files $list" \
-  'batches of 128 KiB|--batch-size 0x20000|' \
+  'batches of 256 KiB|--batch-size 0x40000|' \
   'no batches|--batch-size 0|' \
+  'level 1|--compression-level 1|' \
   'chunks of 512 KiB|--chunk-size 0x80000|' \
   'chunks of 256 KiB|--chunk-size 0x40000|'

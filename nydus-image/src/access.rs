@@ -21,9 +21,11 @@ use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, S
 use storage::format::tar_header;
 use storage::format::toc::{self, Tail};
 use storage::mapped::Mapped;
-use storage::{BlobFeatures, BlobInfo};
+use storage::{BlobFeatures, BlobIndex, BlobInfo, Digest};
 
 use crate::cli::UsageError;
+use crate::merge::parse_digest;
+use crate::reuse::id_from_name;
 
 /// Largest bootstrap that is taken out of a layer, in bytes.
 const MAX_BOOTSTRAP: u64 = 1 << 30;
@@ -32,14 +34,14 @@ const MAX_BOOTSTRAP: u64 = 1 << 30;
 const MAX_CONFIG: u64 = 1 << 20;
 
 /// Loads a bootstrap and checks all of it. A layer blob that carries its bootstrap
-/// will do as well.
+/// will do as well; what it could not say is its own id, which its name says then.
 ///
 /// # Errors
 /// It cannot be read or breaks a rule; the message names the file.
 pub fn open_verified(path: &Path) -> anyhow::Result<Arc<Image>> {
     let open = || -> anyhow::Result<Image> {
         let image = match embedded(path)? {
-            Some(bytes) => Image::from_bytes(bytes)?,
+            Some(bytes) => named(Image::from_bytes(bytes)?, path)?,
             None => Image::open(path)?,
         };
         image.verify_tree()?;
@@ -47,6 +49,25 @@ pub fn open_verified(path: &Path) -> anyhow::Result<Arc<Image>> {
     };
     let image = open().with_context(|| format!("{} is not a valid bootstrap", path.display()))?;
     Ok(Arc::new(image))
+}
+
+/// An image that was embedded in the blob `path`. The bootstrap is part of what the
+/// blob is named by, so it cannot have that name; the file has.
+fn named(mut image: Image, path: &Path) -> anyhow::Result<Image> {
+    let Ok(id) = id_from_name(path) else {
+        return Ok(image);
+    };
+    for (index, info) in (0..).map(BlobIndex::new).zip(image.blobs().to_vec()) {
+        // Other layers, of a parent, are known by their digests.
+        let unknown = info.features.contains(BlobFeatures::SEPARATE)
+            && info.meta_blob_digest == Digest::default();
+        if info.id.is_placeholder() {
+            image.set_blob_id(index, id.clone());
+        } else if unknown && let Ok(digest) = parse_digest(id.as_str()) {
+            image.set_meta_blob_digest(index, digest);
+        }
+    }
+    Ok(image)
 }
 
 /// The bootstrap that a layer blob carries; `None` if the file is none of that kind.

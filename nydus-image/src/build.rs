@@ -8,6 +8,7 @@
 //! threads; memory for file data stays within the engine's budget; `out` is
 //! written front to back and never read.
 
+use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,7 @@ use rafs::merge::{WhiteoutSpec, apply};
 use rafs::tree::{Content, Tree};
 use rafs::writer::{self, WriteOptions};
 use storage::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
+use storage::codec::DEFAULT_ZSTD_LEVEL;
 use storage::{BlobInfo, Compressor, Digester, original};
 
 use crate::pipeline::Engine;
@@ -32,6 +34,8 @@ use crate::source::{Progress, Scanned, Source, SourceError};
 pub struct BuildOptions {
     /// How chunks are compressed.
     pub compressor: Compressor,
+    /// zstd level, as in [`storage::codec::Encoding`].
+    pub level: i32,
     /// How chunks are identified.
     pub digester: Digester,
     /// Largest chunk in bytes: a power of two from 4 KiB to 16 MiB.
@@ -56,12 +60,17 @@ pub struct BuildOptions {
     pub known: Arc<Known>,
     /// The image that the layer is put on. The result then describes both.
     pub parent: Option<Arc<Tree>>,
+    /// An empty file that gets the uncompressed address space of the blob: the chunks as
+    /// a cache has them. Needs a layer that is not compressed by the build, without
+    /// batches: [`BuildOptions::plain_into`].
+    pub plain: Option<Arc<File>>,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
         Self {
             compressor: Compressor::Zstd,
+            level: DEFAULT_ZSTD_LEVEL,
             digester: Digester::Blake3,
             chunk_size: 1 << 20,
             batch_size: 0,
@@ -73,11 +82,24 @@ impl Default for BuildOptions {
             progress: None,
             known: Arc::default(),
             parent: None,
+            plain: None,
         }
     }
 }
 
 impl BuildOptions {
+    /// Also writes the uncompressed address space, to the empty file `plain`. The blob is
+    /// then stored without compression and batches.
+    #[must_use]
+    pub fn plain_into(self, plain: File) -> Self {
+        Self {
+            compressor: Compressor::None,
+            batch_size: 0,
+            plain: Some(Arc::new(plain)),
+            ..self
+        }
+    }
+
     /// What the format prescribes for layers that are used in place
     /// ([`Source::InPlace`]).
     #[must_use]
@@ -93,6 +115,7 @@ impl BuildOptions {
     fn blob(&self, original: Option<original::Kind>) -> BlobOptions {
         BlobOptions {
             compressor: self.compressor,
+            level: self.level,
             digester: self.digester,
             chunk_size: self.chunk_size,
             blob_toc: self.blob_toc,
@@ -179,13 +202,11 @@ pub fn build_layer(
     let blob = options.blob(source.original());
     let mut writer = BlobWriter::new(out, blob).map_err(StoreError::Write)?;
     let layer = Arc::new(LayerContext::new(
-        match blob.original {
-            Some(_) => Compressor::None,
-            None => options.compressor,
-        },
+        blob.encoding(),
         options.digester,
         item::len(options.chunk_size),
         Arc::clone(&options.known),
+        options.plain.clone(),
     ));
     let (scanned, stored) = run(engine, source, options, &layer, &mut writer)?;
     drop(layer);

@@ -3,14 +3,12 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use rafs::Image;
 use storage::{BlobFeatures, BlobInfo};
 
-use crate::cli::UsageError;
+use crate::access;
 use crate::report::Report;
 
 mod blobs;
@@ -29,7 +27,7 @@ pub use blobs::{ChunkError, ChunkProblem};
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// Bootstrap to check
+    /// Bootstrap to check; or a blob that carries its bootstrap
     #[arg(value_name = "BOOTSTRAP", required_unless_present = "bootstrap")]
     positional: Option<PathBuf>,
 
@@ -65,24 +63,19 @@ pub struct Args {
 /// Whatever is wrong with the image, or kept it from being read.
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let start = Instant::now();
-    let Some(path) = args.positional.as_ref().or(args.bootstrap.as_ref()) else {
-        return Err(UsageError("no bootstrap is given".to_owned()).into());
-    };
-    let image = Image::open(path)
-        .and_then(|image| image.verify_tree().map(|_| image))
-        .with_context(|| format!("{} is not a valid bootstrap", path.display()))?;
-    let image = Arc::new(image);
+    let path = access::either(args.positional.as_ref(), args.bootstrap.as_ref())?;
+    let image = access::open_verified(path)?;
     if let Some(dir) = &args.blob_dir {
         blobs::verify(&image, dir)
             .with_context(|| format!("the data of {} is not valid", path.display()))?;
     }
-    let mut text = String::new();
-    if args.verbose {
-        text.push_str(&rafs::dump::dump(&image).context("cannot list the image")?);
-    }
-    text.push_str("RAFS filesystem metadata is valid, referenced data blobs: \n");
+    // The first line is what programs look at.
+    let mut text = "RAFS filesystem metadata is valid, referenced data blobs: \n".to_owned();
     for (index, blob) in image.blobs().iter().enumerate() {
         describe(&mut text, index, blob);
+    }
+    if args.verbose {
+        text.push_str(&rafs::dump::dump(&image).context("cannot list the image")?);
     }
     crate::output::print(&text)?;
     if let Some(json) = &args.output_json {

@@ -57,15 +57,18 @@ enum Command {
     Stat(stat::Args),
     Unpack(unpack::Args),
     Export(export::Args),
+    /// Not supported: the blobs of an image are not rewritten
     #[command(hide = true)]
     Compact(Anything),
+    /// Not supported: any bootstrap serves as --chunk-dict
     #[command(hide = true)]
     Chunkdict(Anything),
+    /// Not supported: choose what to prefetch with --prefetch-policy
     #[command(hide = true)]
     Optimize(Anything),
 }
 
-/// Options of a command that other builders have: never looked at.
+// Options of a command that other builders have: never looked at.
 #[derive(Debug, clap::Args)]
 struct Anything {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]

@@ -42,6 +42,10 @@ use progress::Progress;
 
 /// Layers that are converted at a time, unless told otherwise. More cores than that are
 /// used by the chunks of these layers.
+/// zstd level of converted images, which are sent over the network more often than made.
+/// Against level 1 this takes twice the time for 15 % fewer bytes; three levels more take
+/// twice the time again, for less than 1 %.
+const LEVEL: i32 = 9;
 const DEFAULT_JOBS: usize = 4;
 /// How long threads may take to notice that the command was interrupted.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -93,6 +97,16 @@ pub struct Args {
     )]
     compressor: Compressor,
 
+    /// How hard zstd tries: 1 is fastest, 19 smallest
+    #[arg(
+        long,
+        value_name = "level",
+        default_value_t = LEVEL,
+        value_parser = clap::value_parser!(i32).range(1..=19),
+        help_heading = "Format"
+    )]
+    compression_level: i32,
+
     /// How chunks are identified and verified: blake3 or sha256
     #[arg(
         long,
@@ -117,7 +131,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "batch-size",
-        default_value = "0x40000",
+        default_value = "0x20000",
         value_parser = parse_size,
         help_heading = "Format"
     )]
@@ -130,8 +144,10 @@ pub struct Args {
 
     /// Keep the layers as they are and make only indexes of them
     ///
-    /// Needs layers of gzip or plain tar. The target gets the original layers unless it
-    /// has them; converting within one repository sends little but metadata.
+    /// The target gets the original layers unless it has them; converting within one
+    /// repository sends little but metadata. Layers that cannot be used in place are
+    /// converted as without this option, and a warning says so: those compressed with
+    /// zstd, and those that have a file with holes.
     #[arg(
         long,
         conflicts_with_all = ["compressor", "digester", "batch_size"],
@@ -269,8 +285,8 @@ async fn convert(
         from,
         to: Images::open(target, &access).await?,
         engine: Engine::for_this_machine(),
+        in_place: args.oci_ref.then(|| options.clone().in_place()),
         options,
-        in_place: args.oci_ref,
         dictionary,
         work_dir,
         progress: Progress::new(),
@@ -293,9 +309,14 @@ async fn convert(
 
 fn options(args: &Args) -> anyhow::Result<BuildOptions> {
     check_sizes(args)?;
-    let options = BuildOptions {
+    Ok(BuildOptions {
         compressor: args.compressor,
-        digester: args.digester,
+        level: args.compression_level,
+        digester: match args.oci_ref {
+            // All layers of an image have the same, and those used in place have this one.
+            true => Digester::Sha256,
+            false => args.digester,
+        },
         chunk_size: args.chunk_size,
         // A chunk size below the default batch size makes that pointless, not wrong.
         batch_size: args.batch_size.min(args.chunk_size),
@@ -303,11 +324,6 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
         inline_bootstrap: true,
         prefetch: prefetch(args)?,
         ..BuildOptions::default()
-    };
-    Ok(if args.oci_ref {
-        options.in_place()
-    } else {
-        options
     })
 }
 
@@ -343,7 +359,11 @@ fn dictionary(args: &Args, options: &mut BuildOptions) -> anyhow::Result<Vec<Blo
         return Ok(Vec::new());
     };
     let dictionary = Reused::dictionary(value)?;
-    dictionary.check(&options.traits())?;
+    let traits = match args.oci_ref {
+        true => options.clone().in_place().traits(),
+        false => options.traits(),
+    };
+    dictionary.check(&traits)?;
     let mut known = Known::default();
     known.add(&dictionary, options.digester)?;
     options.known = Arc::new(known);

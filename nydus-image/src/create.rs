@@ -2,10 +2,11 @@
 //!
 //! Order of work: check the options, read the prefetch patterns, build the layer
 //! into its output ([`build_layer`]), write the bootstrap, and only then give both
-//! files their names.
+//! files their names. With `--blob-cache-dir` the output is not a blob but the files
+//! that a daemon's cache has once everything was read.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,7 +17,7 @@ use storage::{BlobFeatures, BlobId, Compressor, Digest};
 
 use crate::build::{BuildOptions, Layer, build_layer};
 use crate::cli::UsageError;
-use crate::output::Output;
+use crate::output::{Output, write_file};
 use crate::pipeline::Engine;
 use crate::prefetch::{Policy, Prefetch};
 use crate::report::Report;
@@ -42,9 +43,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     reuse(&args, &mut options)?;
     let source = open_source(&args)?;
     let mut blob = open_blob(&args)?;
+    let mut nowhere = std::io::sink();
+    let out: &mut (dyn std::io::Write + Send) = match &args.blob_cache_dir {
+        Some(_) => {
+            options = cached(options, &blob)?;
+            &mut nowhere
+        }
+        None => &mut blob,
+    };
     let engine = Engine::for_this_machine();
-    let mut layer = build_layer(&engine, source, &options, &mut blob).with_context(|| {
-        let target = args.blob.as_ref().or(args.blob_dir.as_ref());
+    let mut layer = build_layer(&engine, source, &options, out).with_context(|| {
+        let dir = args.blob_dir.as_ref().or(args.blob_cache_dir.as_ref());
+        let target = args.blob.as_ref().or(dir);
         let target = target.map_or_else(String::new, |path| format!(" into {}", path.display()));
         format!(
             "cannot build a layer from {}{target}",
@@ -55,7 +65,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         info.id = BlobId::new(id)?;
     }
     let bootstrap = write_bootstrap(&args, &options, &layer)?;
-    let path = commit(blob, bootstrap, &layer)?;
+    if args.blob_cache_dir.is_some() {
+        commit_cache(blob, &layer)?;
+    } else {
+        commit_blob(blob, &layer)?;
+    }
+    let path = bootstrap
+        .map(|(output, name)| output.commit(&name))
+        .transpose()?;
     if let Some(json) = &args.output_json {
         let blobs = &layer.tree.blobs;
         Report::new(
@@ -167,10 +184,6 @@ fn check_supported(args: &Args) -> anyhow::Result<()> {
             "external data (--external-blob)",
         ),
         (
-            args.blob_cache_dir.is_some(),
-            "writing a blob cache (--blob-cache-dir)",
-        ),
-        (
             args.blob_offset != 0,
             "data that does not start at 0 (--blob-offset)",
         ),
@@ -201,7 +214,12 @@ fn options(args: &Args) -> anyhow::Result<BuildOptions> {
     let prefetch = Prefetch::read(args.prefetch_policy, std::io::stdin().lock())
         .context("cannot read prefetch patterns from standard input")?;
     let options = BuildOptions {
-        compressor: args.compressor.unwrap_or(Compressor::Zstd),
+        compressor: match &args.blob_cache_dir {
+            // The daemon's cache is not compressed.
+            Some(_) => Compressor::None,
+            None => args.compressor.unwrap_or(Compressor::Zstd),
+        },
+        level: args.compression_level,
         digester: args.digester,
         chunk_size: args.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
         batch_size: args.batch_size,
@@ -266,12 +284,30 @@ fn open_source(args: &Args) -> anyhow::Result<Source> {
     Ok(Source::Tar { name, reader })
 }
 
+/// The file that gets the blob, or the data of a cache.
 fn open_blob(args: &Args) -> anyhow::Result<Output> {
-    match (&args.blob, &args.blob_dir) {
+    let dir = args.blob_dir.as_ref().or(args.blob_cache_dir.as_ref());
+    match (&args.blob, dir) {
         (Some(path), _) => Output::create(path),
         (None, Some(dir)) => Output::create_in(dir),
         (None, None) => bail!("there is no place for the data blob"),
     }
+}
+
+/// Options that fill `data` with what a daemon's cache has once everything was read.
+fn cached(options: BuildOptions, data: &Output) -> anyhow::Result<BuildOptions> {
+    let data = data.regular().context("a cache is made of regular files")?;
+    let data = data
+        .try_clone()
+        .context("cannot use the file of the cache")?;
+    let in_place = options.compressor == Compressor::Gzip;
+    let options = options.plain_into(data);
+    // The layer stays as it is, and is called gzip whatever it is.
+    Ok(if in_place {
+        options.in_place()
+    } else {
+        options
+    })
 }
 
 /// A bootstrap that is written but has no name yet, and the name it will get in a
@@ -299,26 +335,30 @@ fn write_bootstrap(
     Ok(Some((output, name)))
 }
 
-/// Gives the files their names; returns the path of the bootstrap.
-fn commit(
-    blob: Output,
-    bootstrap: Option<Pending>,
-    layer: &Layer,
-) -> anyhow::Result<Option<PathBuf>> {
+/// Gives the blob its name.
+fn commit_blob(blob: Output, layer: &Layer) -> anyhow::Result<()> {
     if layer.blob.file_size == 0 {
-        blob.discard()?;
-    } else {
-        let own = layer.own.and_then(|own| layer.tree.blobs.get(own));
-        let id = match own {
-            // The file with the tables, not the layer that has the data.
-            Some(info) if info.features.contains(BlobFeatures::SEPARATE) => &layer.blob.id,
-            // Perhaps --blob-id.
-            Some(info) => &info.id,
-            None => &layer.blob.id,
-        };
-        blob.commit(id.as_str())?;
+        return blob.discard();
     }
-    bootstrap
-        .map(|(output, name)| output.commit(&name))
-        .transpose()
+    let own = layer.own.and_then(|own| layer.tree.blobs.get(own));
+    let id = match own {
+        // The file with the tables, not the layer that has the data.
+        Some(info) if info.features.contains(BlobFeatures::SEPARATE) => &layer.blob.id,
+        // Perhaps --blob-id.
+        Some(info) => &info.id,
+        None => &layer.blob.id,
+    };
+    blob.commit(id.as_str()).map(|_| ())
+}
+
+/// Completes the files of a cache, under the names by which a daemon finds them.
+fn commit_cache(data: Output, layer: &Layer) -> anyhow::Result<()> {
+    let own = layer.own.and_then(|own| layer.tree.blobs.get(own));
+    let (Some(info), Some(file)) = (own, data.regular()) else {
+        return data.discard();
+    };
+    file.set_len(info.uncompressed_size)
+        .context("cannot make the data of the cache as long as the blob")?;
+    let data = data.commit(&format!("{}.blob.data", info.id))?;
+    write_file(&data.with_extension("meta"), &layer.blob.cct)
 }

@@ -154,6 +154,7 @@ impl ImageData {
             blob,
             range: range.clone(),
             priority: Priority::OnDemand,
+            served_by: None,
         };
         fetch_to_vec(&*self.backend, &request, limit).map_err(|error| ReadError::Fetch {
             blob: blob.clone(),

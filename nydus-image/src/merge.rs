@@ -241,14 +241,16 @@ fn compare(
         first.display(),
     );
     let (path, first) = (path.to_owned(), first.to_owned());
-    Err(Incompatible {
+    let error = Incompatible {
         path,
         first,
         what,
         found,
         expected,
-    }
-    .into())
+    };
+    // In the words that clients look for.
+    tracing::error!("message:{error}");
+    Err(error.into())
 }
 
 fn check_usage(args: &Args) -> Result<(), UsageError> {
@@ -329,7 +331,7 @@ fn correct(args: &Args, index: usize, path: &Path, blob: &mut BlobInfo) -> anyho
     Ok(())
 }
 
-fn parse_digest(hex: &str) -> anyhow::Result<Digest> {
+pub(crate) fn parse_digest(hex: &str) -> anyhow::Result<Digest> {
     let byte = |at: usize| u8::from_str_radix(hex.get(at..at + 2)?, 16).ok();
     let mut bytes = [0; Digest::LEN];
     let valid = hex.len() == 2 * Digest::LEN && hex.bytes().all(|b| b.is_ascii_hexdigit());

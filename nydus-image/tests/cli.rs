@@ -457,7 +457,8 @@ fn layers_that_cannot_be_merged_exit_with_2() {
         let run = place.run(&format!("merge -B image {lower} {upper}"));
         assert_eq!(run.code, 2, "{}", run.stderr);
         assert!(
-            run.stderr.contains("Inconsistent RAFS Filesystem: "),
+            run.stderr
+                .contains("message:Inconsistent RAFS Filesystem: "),
             "{}",
             run.stderr
         );

@@ -9,7 +9,7 @@
 )]
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -548,4 +548,84 @@ fn bad_input_is_named_and_leaves_no_output() {
     assert_eq!(usage.status.code(), Some(2), "{}", text(&usage));
     let usage = convert(Path::new("a"), Path::new("b"), &["--platform", "linux"]);
     assert_eq!(usage.status.code(), Some(2), "{}", text(&usage));
+}
+
+/// Regular files of a tar, by name.
+fn files_of_tar(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut archive = tar::Archive::new(std::fs::File::open(path).unwrap());
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let path = entry.path().unwrap().display().to_string();
+        let mut data = Vec::new();
+        entry.read_to_end(&mut data).unwrap();
+        match entry.header().entry_type() {
+            tar::EntryType::Regular => drop(files.insert(path, data)),
+            tar::EntryType::Link => {
+                let target = entry.link_name().unwrap().unwrap().display().to_string();
+                files.insert(path, files[&target].clone());
+            }
+            _ => {}
+        }
+    }
+    files
+}
+
+/// Layers of gzip and tar stay; the one of zstd cannot, and is converted.
+#[test]
+fn layers_that_cannot_be_used_in_place_are_converted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("source"), dir.path().join("target"));
+    let layers = layers();
+    let image = Layout(&source).image(&layers, "amd64");
+    Layout(&source).finish(&image);
+    let program = || Command::new(env!("CARGO_BIN_EXE_nydus-image"));
+    let output = program()
+        .arg("convert")
+        .arg(format!("oci:{}", source.display()))
+        .arg(format!("oci:{}", target.display()))
+        .arg("--oci-ref")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let warnings: Vec<_> = text(&output)
+        .lines()
+        .filter(|line| line.contains("WARN"))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    for words in ["layer 2/4", "zstd", "converted, because it cannot stay"] {
+        assert!(warnings[0].contains(words), "{warnings:?}");
+    }
+
+    let target = Layout(&target);
+    let manifest = target.json(&target.image_digest());
+    let stored = manifest["layers"].as_array().unwrap();
+    let is_index = |layer: &Value| {
+        layer["annotations"]
+            .get("containerd.io/snapshot/nydus-ref")
+            .is_some()
+    };
+    let kinds: Vec<_> = stored.iter().map(is_index).collect();
+    assert_eq!(kinds, [true, false, true, true, false]);
+    let packed = stored[4]["digest"].as_str().unwrap().parse().unwrap();
+    let packed = std::fs::File::open(target.blob(&packed)).unwrap();
+    let boot = bootstrap::extract("the layer", packed, dir.path()).unwrap();
+    let tar = dir.path().join("image.tar");
+    let blobs = target.0.join("blobs/sha256");
+    for command in ["check", "unpack"] {
+        let mut run = program();
+        run.arg(command).arg(&boot.bootstrap);
+        run.arg("--blob-dir").arg(&blobs);
+        if command == "unpack" {
+            run.arg("--output").arg(&tar);
+        }
+        let output = run.output().unwrap();
+        assert!(output.status.success(), "{command}: {}", text(&output));
+    }
+    let expected = model(&layers).into_iter().filter_map(|(path, found)| {
+        let File(data) = found.kind else { return None };
+        Some((path, data))
+    });
+    assert!(files_of_tar(&tar) == expected.collect(), "files differ");
 }

@@ -7,9 +7,11 @@
 //! names the feature instead of the option ([`FuseOptions::check`]).
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use storage::gate::Limits;
 
 use crate::driver::Choice;
 
@@ -195,6 +197,10 @@ pub(crate) struct Global {
     #[arg(long, value_name = "MiB", default_value_t = 0, global = true)]
     pub log_rotation_size: u64,
 
+    /// Log reads that wait longer than this, with chunk and source; 0 is never
+    #[arg(long, value_name = "ms", default_value_t = 1000, global = true)]
+    pub slow_read_ms: u64,
+
     /// Limit of open files to ask for; 0 leaves it alone
     #[arg(long, value_name = "count", default_value_t = 1_000_000, global = true)]
     pub rlimit_nofile: u64,
@@ -329,6 +335,15 @@ pub(crate) struct MountOptions {
     #[arg(long, value_name = "driver", default_value = "auto")]
     pub driver: Choice,
 
+    /// Fetch no more bytes per second from the registry, counted for all images of
+    /// this process; what nobody waits for gets what readers leave
+    #[arg(
+        long,
+        value_name = "bytes",
+        value_parser = clap::value_parser!(u64).range(1024..)
+    )]
+    pub bandwidth_limit: Option<u64>,
+
     /// Threads that answer file system requests, with FUSE
     #[arg(
         long,
@@ -337,6 +352,16 @@ pub(crate) struct MountOptions {
         value_parser = clap::value_parser!(u16).range(1..=1024)
     )]
     pub fuse_threads: u16,
+}
+
+impl MountOptions {
+    /// Limits of the registry, if any were chosen.
+    pub(crate) fn limits(&self) -> Option<Limits> {
+        self.bandwidth_limit.map(|bandwidth| Limits {
+            bandwidth,
+            ..Limits::default()
+        })
+    }
 }
 
 impl Cli {
@@ -390,6 +415,11 @@ impl Cli {
 }
 
 impl Global {
+    /// Waits of readers that are logged.
+    pub(crate) fn slow_read(&self) -> Option<Duration> {
+        (self.slow_read_ms > 0).then(|| Duration::from_millis(self.slow_read_ms))
+    }
+
     /// Names the first option whose feature does not exist yet.
     ///
     /// # Errors

@@ -28,6 +28,7 @@ use storage::backend::registry::{ClientCertificate, Mirror, Scheme};
 use node::{Node, Table};
 use section::Section;
 use storage::cache::Limits;
+use storage::gate;
 
 use crate::driver::Choice;
 
@@ -44,6 +45,8 @@ pub(crate) struct Config {
     pub id: String,
     /// Where blobs come from.
     pub backend: Backend,
+    /// What their server is asked for at a time, if anything was chosen.
+    pub limits: Option<gate::Limits>,
     /// The chunk cache.
     pub cache: Cache,
     /// Background fetching, if wanted.
@@ -93,6 +96,13 @@ pub(crate) enum Backend {
     LocalFs(Vec<PathBuf>),
     /// One file, which is the only blob.
     BlobFile(PathBuf),
+    /// Partitions of a disk.
+    LocalDisk {
+        /// The disk, or an image of one.
+        path: PathBuf,
+        /// Whether it has a partition table; else it is one blob.
+        with_table: bool,
+    },
     /// An OCI registry.
     Registry(Registry),
     /// A plain HTTP server.

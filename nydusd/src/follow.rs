@@ -175,7 +175,7 @@ fn base(path: &[u8]) -> &[u8] {
     path.rsplit(|byte| *byte == b'/').next().unwrap_or(path)
 }
 
-/// A file of the image, read at the priority of prefetching.
+/// A file of the image, read at the priority of speculation.
 struct File<'a> {
     of: &'a Follower,
     nid: Nid,
@@ -207,7 +207,7 @@ impl ReadAt for File<'_> {
                 chunk: extent.chunk,
                 plain: extent.plain,
             };
-            blob.read_span(&span, part, Priority::Prefetch)
+            blob.read_span(&span, part, Priority::Speculation)
                 .map_err(io::Error::other)?;
         }
         usize::try_from(done).map_err(io::Error::other)

@@ -15,6 +15,7 @@
 //! The threads that call this: [`workers`]. The mount itself: [`session`].
 //! The next step of a read: `rafs::fs`.
 
+mod interrupts;
 pub(crate) mod node;
 pub(crate) mod notify;
 pub(crate) mod read_only;

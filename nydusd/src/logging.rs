@@ -17,7 +17,7 @@ use clap::ValueEnum as _;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
-use tracing_subscriber::fmt::{FmtContext, MakeWriter};
+use tracing_subscriber::fmt::{FmtContext, FormattedFields, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{
     EnvFilter, Registry, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
@@ -149,6 +149,17 @@ where
         }
         out.write_char(' ')?;
         ctx.field_format().format_fields(out.by_ref(), event)?;
+        // Which request it belongs to, from the outside in.
+        for span in ctx
+            .event_scope()
+            .into_iter()
+            .flat_map(|scope| scope.from_root())
+        {
+            let extensions = span.extensions();
+            if let Some(fields) = extensions.get::<FormattedFields<N>>() {
+                write!(out, " {}{{{fields}}}", span.name())?;
+            }
+        }
         writeln!(out)
     }
 }

@@ -32,6 +32,7 @@ mod pool;
 mod prefetch;
 mod pull;
 mod record;
+mod shared;
 mod vfs;
 
 use std::ffi::{OsStr, OsString};
@@ -145,7 +146,8 @@ fn run(
     let stop = daemon::Stop::listen()?;
     keeper.ready();
     limits::raise_open_files(global.rlimit_nofile);
-    let manager = Arc::new(Manager::new(Arc::clone(keeper)));
+    let shared = shared::Shared::new(global.slow_read());
+    let manager = Arc::new(Manager::new(Arc::clone(keeper), shared));
     let mounts = Mounts::new(Arc::clone(keeper), Arc::clone(&manager), stop.on_end());
     let control_left = inherited.take_control();
     mounts.recover(inherited, &|origin, bootstrap| match (origin, &task) {

@@ -28,6 +28,7 @@ use crate::fuse::session::Session;
 use crate::keeper::{Deposit, Holder as Keeper};
 use crate::metered::Metered;
 use crate::mounts::{self, Opened, Source};
+use crate::shared::Shared;
 use crate::vfs::pseudo::Pseudo;
 use crate::vfs::{Mounted, Table, Vfs};
 use saved::{Left, Origin, SavedImage, SavedTable};
@@ -94,6 +95,8 @@ pub(crate) struct Manager {
     scopes: Mutex<Scopes>,
     /// Who holds what a successor needs; nobody in tests.
     keeper: Option<Arc<Keeper>>,
+    /// Memory and servers of all images.
+    shared: Shared,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -102,11 +105,19 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Manager {
     /// No images yet.
-    pub(crate) fn new(keeper: Arc<Keeper>) -> Self {
+    ///
+    /// * `shared`: what all of them will share.
+    pub(crate) fn new(keeper: Arc<Keeper>, shared: Shared) -> Self {
         Self {
             keeper: Some(keeper),
+            shared,
             ..Self::default()
         }
+    }
+
+    /// What all images of the process share.
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// The file system that serves the images.
@@ -144,7 +155,7 @@ impl Manager {
                 });
             }
         }
-        let opened = mounts::open(source).map_err(ManageError::Other)?;
+        let opened = mounts::open(source, &self.shared).map_err(ManageError::Other)?;
         self.put(&path, source, opened, origin)
     }
 
@@ -194,7 +205,7 @@ impl Manager {
             return Err(ManageError::ByKernel);
         }
         let mut forgotten = root_names(old);
-        let opened = mounts::open(source).map_err(ManageError::Other)?;
+        let opened = mounts::open(source, &self.shared).map_err(ManageError::Other)?;
         self.put(&path, source, opened, origin)?;
         if path == "/" {
             if let Some(new) = self.vfs.table().image_at(&path) {
@@ -356,7 +367,7 @@ impl Manager {
         source.name.clone_from(&saved.image);
         // The list began with a predecessor, and would begin anew.
         source.record = None;
-        let opened = mounts::open(&source)?;
+        let opened = mounts::open(&source, &self.shared)?;
         let mounted = mounted(&saved.path, &source, opened, slot, saved.generation)?;
         self.apply_scope(&mounted);
         Ok((slot, mounted))

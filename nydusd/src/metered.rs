@@ -141,6 +141,10 @@ impl Backend for Metered {
         result
     }
 
+    fn place(&self) -> Option<String> {
+        self.inner.place()
+    }
+
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
         self.inner.size(blob)
     }
@@ -165,6 +169,7 @@ mod tests {
             blob: &id,
             range,
             priority: Priority::OnDemand,
+            served_by: None,
         };
         let mut seen = 0;
         metered

@@ -10,8 +10,8 @@ pub(crate) mod saved;
 pub(crate) mod table;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use rafs::image::Image;
@@ -20,13 +20,16 @@ use storage::backend::Backend;
 use storage::backend::file::FileBackend;
 use storage::backend::http_proxy::HttpProxyBackend;
 use storage::backend::local::LocalBackend;
+use storage::backend::localdisk::LocalDiskBackend;
 use storage::backend::object::ObjectBackend;
 use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
 use storage::blob::Blob;
-use storage::budget::Budget;
 use storage::cache::{CacheDir, CacheError, Limits, Settings};
+use storage::gate;
+use storage::metrics::Metrics;
 use storage::oci::credentials::DockerConfig;
 use storage::oci::{Access, RegistryRef};
+use storage::prefetch::{Prefetch, Watch};
 
 use crate::config::{self, Config, Login};
 use crate::follow;
@@ -36,12 +39,15 @@ use crate::manager::About;
 use crate::metered::Metered;
 use crate::prefetch::{self, Wish};
 use crate::record::Recorder;
+use crate::shared::Shared;
 
 /// Prefix of environment variables that become headers of backend requests.
 const HEADER_PREFIX: &str = "NYDUS_HEADER_";
 
 /// Environment variable with the credentials for the registry.
 const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
+/// How often is looked whether a list has been prefetched.
+const LIST_POLL: Duration = Duration::from_millis(50);
 
 /// Where the parts of one image are.
 #[derive(Debug)]
@@ -52,6 +58,10 @@ pub(crate) struct Source {
     pub bootstrap: PathBuf,
     /// Where its blobs come from.
     pub backend: Arc<dyn Backend>,
+    /// What their server is asked for at a time; `None` leaves it as it is.
+    pub limits: Option<gate::Limits>,
+    /// Where the back end counts, and the cache will.
+    pub metrics: Arc<Metrics>,
     /// The chunk cache.
     pub cache: config::Cache,
     /// What to fetch before it is read.
@@ -74,6 +84,8 @@ impl Source {
             name: bootstrap.display().to_string(),
             bootstrap,
             backend: Arc::new(LocalBackend::new(vec![blobs.to_owned()])),
+            limits: None,
+            metrics: Arc::default(),
             cache: config::Cache::in_dir(cache),
             prefetch: Wish::default(),
             record: None,
@@ -86,10 +98,13 @@ impl Source {
 
     /// An image whose blobs come from where a configuration says.
     pub(crate) fn configured(bootstrap: PathBuf, config: &Config) -> anyhow::Result<Self> {
+        let metrics = Arc::default();
         Ok(Self {
             name: bootstrap.display().to_string(),
             bootstrap,
-            backend: backend(&config.backend)?,
+            backend: backend(&config.backend, &metrics)?,
+            limits: config.limits,
+            metrics,
             cache: config.cache.clone(),
             prefetch: match &config.prefetch {
                 Some(prefetch) => Wish::configured(prefetch),
@@ -127,17 +142,26 @@ pub(crate) fn load_config(path: &Path) -> anyhow::Result<Config> {
 }
 
 /// The back end that a configuration describes.
-fn backend(config: &config::Backend) -> anyhow::Result<Arc<dyn Backend>> {
+fn backend(config: &config::Backend, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<dyn Backend>> {
+    let count = Arc::clone(metrics);
     match config {
         config::Backend::LocalFs(dirs) => Ok(Arc::new(LocalBackend::new(dirs.clone()))),
         config::Backend::BlobFile(file) => Ok(Arc::new(FileBackend::open(file)?)),
-        config::Backend::Registry(registry) => self::registry(registry),
-        config::Backend::HttpProxy(server) => Ok(Arc::new(HttpProxyBackend::new(server.clone())?)),
-        config::Backend::Object(bucket) => Ok(Arc::new(ObjectBackend::new(bucket)?)),
+        config::Backend::LocalDisk { path, with_table } => {
+            Ok(Arc::new(LocalDiskBackend::open(path, *with_table)?))
+        }
+        config::Backend::Registry(registry) => self::registry(registry, count),
+        config::Backend::HttpProxy(server) => {
+            let backend = HttpProxyBackend::with_metrics(server.clone(), count)?;
+            Ok(Arc::new(backend))
+        }
+        config::Backend::Object(bucket) => {
+            Ok(Arc::new(ObjectBackend::with_metrics(bucket, count)?))
+        }
     }
 }
 
-fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
+fn registry(config: &config::Registry, metrics: Arc<Metrics>) -> anyhow::Result<Arc<dyn Backend>> {
     let mut settings = RegistryConfig::new(&config.host, &config.repo);
     settings.scheme = if config.plain_http {
         Scheme::Http
@@ -164,14 +188,18 @@ fn registry(config: &config::Registry) -> anyhow::Result<Arc<dyn Backend>> {
     settings.mirrors.clone_from(&config.mirrors);
     settings.redirect_host.clone_from(&config.redirect_host);
     settings.redirect_scheme = config.redirect_scheme;
-    start_registry(settings)
+    start_registry(settings, metrics)
 }
 
 /// The repository of an image reference as back end.
 ///
 /// # Errors
 /// When the reference or the credentials cannot be used.
-pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
+pub(crate) fn registry_of(
+    name: &RegistryRef,
+    access: &Access,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
     let host = if name.host == "docker.io" {
         "registry-1.docker.io"
@@ -186,13 +214,17 @@ pub(crate) fn registry_of(name: &RegistryRef, access: &Access) -> anyhow::Result
         // Helpers hand out credentials that end while an image is mounted.
         settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));
     }
-    start_registry(settings)
+    start_registry(settings, metrics)
 }
 
-fn start_registry(mut settings: RegistryConfig) -> anyhow::Result<Arc<dyn Backend>> {
+fn start_registry(
+    mut settings: RegistryConfig,
+    metrics: Arc<Metrics>,
+) -> anyhow::Result<Arc<dyn Backend>> {
     settings.headers = extra_headers();
     let at = format!("registry {}, repository {}", settings.host, settings.repo);
-    Ok(Arc::new(RegistryBackend::new(settings).context(at)?))
+    let backend = RegistryBackend::with_metrics(settings, metrics).context(at)?;
+    Ok(Arc::new(backend))
 }
 
 /// Credentials given by `IMAGE_PULL_AUTH`, if it is set.
@@ -214,13 +246,19 @@ fn extra_headers() -> Vec<(String, String)> {
         .collect()
 }
 
-fn open_cache(cache: &config::Cache) -> Result<CacheDir, CacheError> {
+fn open_cache(
+    cache: &config::Cache,
+    metrics: Arc<Metrics>,
+    shared: &Shared,
+) -> Result<CacheDir, CacheError> {
     let settings = Settings {
+        metrics,
         limits: Limits {
             max_bytes: cache.max_bytes,
             min_free_percent: cache.min_free_percent,
         },
-        memory: Budget::new(cache.memory),
+        memory: shared.memory(cache.memory),
+        slow_read: shared.slow_read(),
         ..Settings::default()
     };
     CacheDir::open_as(&cache.dir, settings)
@@ -246,9 +284,13 @@ impl Opened {
     /// # Errors
     /// When reads are to be recorded and cannot.
     pub(crate) fn into_files(self, source: &Source, slot: Slot) -> anyhow::Result<(RafsFs, About)> {
+        let prefetch = prefetch::start(&self.image, &self.blobs, &source.prefetch);
+        // Who names files knows more than can be guessed; who wants everything, less.
+        let list = prefetch.as_ref().filter(|_| !source.prefetch.all);
+        guess(&self.image, &self.blobs, list.map(Prefetch::watch));
         let recorder = source.record.as_deref();
         let background = Background {
-            prefetch: prefetch::start(&self.image, &self.blobs, &source.prefetch),
+            prefetch,
             recorder: recorder
                 .map(|path| Recorder::new(&self.image, path))
                 .transpose()?,
@@ -267,15 +309,18 @@ impl Opened {
 
 /// Opens image and blobs.
 ///
+/// * `shared`: what all images of the process share.
+///
 /// # Errors
 /// When the bootstrap is unusable, or the cache directory is not writable.
-pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
+pub(crate) fn open(source: &Source, shared: &Shared) -> anyhow::Result<Opened> {
     let metered = Arc::new(Metered::new(Arc::clone(&source.backend)));
     let backend: Arc<dyn Backend> = Arc::<Metered>::clone(&metered);
     let path = &source.bootstrap;
     let image = Image::open(path).with_context(|| format!("bootstrap {}", path.display()))?;
     let image = Arc::new(image);
-    let cache = open_cache(&source.cache)
+    let gate = shared.gate(&*source.backend, source.limits);
+    let cache = open_cache(&source.cache, Arc::clone(&source.metrics), shared)
         .with_context(|| format!("cache directory {}", source.cache.dir.display()))?;
     let blobs = (0u32..)
         .zip(image.blobs())
@@ -285,8 +330,9 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
-    explore(&image, &blobs);
-    follow::start(&image, &blobs);
+    if let Some(gate) = gate {
+        blobs.iter().for_each(|blob| blob.set_gate(gate.clone()));
+    }
     tracing::info!(
         "image {}: {} inodes, {} blobs",
         source.name,
@@ -301,18 +347,36 @@ pub(crate) fn open(source: &Source) -> anyhow::Result<Opened> {
     })
 }
 
-/// Finds out in the background which chunks belong together.
-fn explore(image: &Arc<Image>, blobs: &[Arc<Blob>]) {
-    let (image, blobs) = (Arc::clone(image), blobs.to_vec());
-    let thread = std::thread::Builder::new().name("explore".to_owned());
-    let started = thread.spawn(move || match image.neighbourhoods() {
-        Ok(found) => blobs
-            .iter()
-            .zip(found)
-            .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
-        Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+/// Has what readers want next guessed from the image, once `list` has been fetched:
+/// until then, guesses would compete with it for the link.
+fn guess(image: &Arc<Image>, blobs: &[Arc<Blob>], list: Option<Watch>) {
+    if list.is_none() {
+        follow::start(image, blobs);
+    }
+    let image = Arc::clone(image);
+    // Weak: this may outlast the mount.
+    let blobs: Vec<_> = blobs.iter().map(Arc::downgrade).collect();
+    let thread = std::thread::Builder::new().name("guess".to_owned());
+    let started = thread.spawn(move || {
+        let neighbourhoods = image.neighbourhoods();
+        while list.as_ref().is_some_and(Watch::is_running) {
+            std::thread::sleep(LIST_POLL);
+        }
+        let Some(blobs) = blobs.iter().map(Weak::upgrade).collect::<Option<Vec<_>>>() else {
+            return;
+        };
+        match neighbourhoods {
+            Ok(found) => blobs
+                .iter()
+                .zip(found)
+                .for_each(|(blob, found)| blob.set_neighbourhoods(found)),
+            Err(error) => tracing::debug!("no speculation on neighbours: {error}"),
+        }
+        if list.is_some() {
+            follow::start(&image, &blobs);
+        }
     });
     if let Err(error) = started {
-        tracing::debug!("no speculation on neighbours: {error}");
+        tracing::debug!("no speculation on files: {error}");
     }
 }

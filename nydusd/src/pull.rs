@@ -20,6 +20,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use storage::backend::Backend;
 use storage::backend::local::LocalBackend;
+use storage::metrics::Metrics;
 use storage::oci::bootstrap::{BootstrapFiles, fetch_bootstrap, find_nydus_manifest};
 use storage::oci::{Access, ContentDigest, Credentials, ImageRef, Images, Platform, credentials};
 
@@ -67,10 +68,13 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
     // Ends its threads; what is fetched later is the back end's business.
     drop(runtime);
     let (bootstrap, access) = found?;
+    let metrics = Arc::default();
     Ok(Source {
         name: options.image.clone(),
         bootstrap,
-        backend: backend(&reference, &access)?,
+        backend: backend(&reference, &access, &metrics)?,
+        limits: options.limits(),
+        metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
         record: options.record_files.clone(),
@@ -101,10 +105,13 @@ pub(crate) fn again(options: &MountOptions, bootstrap: PathBuf) -> anyhow::Resul
         plain_http: options.plain_http,
         credentials: runtime.block_on(credentials_of(&reference))?,
     };
+    let metrics = Arc::default();
     Ok(Source {
         name: options.image.clone(),
         bootstrap,
-        backend: backend(&reference, &access)?,
+        backend: backend(&reference, &access, &metrics)?,
+        limits: options.limits(),
+        metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
         record: None,
@@ -171,9 +178,13 @@ async fn credentials_of(reference: &ImageRef) -> anyhow::Result<Option<Credentia
 }
 
 /// Where blobs of the image come from.
-fn backend(reference: &ImageRef, access: &Access) -> anyhow::Result<Arc<dyn Backend>> {
+fn backend(
+    reference: &ImageRef,
+    access: &Access,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<Arc<dyn Backend>> {
     match reference {
-        ImageRef::Registry(name) => mounts::registry_of(name, access),
+        ImageRef::Registry(name) => mounts::registry_of(name, access, Arc::clone(metrics)),
         ImageRef::Layout(layout) => Ok(Arc::new(LocalBackend::new(vec![
             layout.dir.join("blobs/sha256"),
         ]))),

@@ -8,6 +8,7 @@ mod bridge;
 pub mod file;
 pub mod http_proxy;
 pub mod local;
+pub mod localdisk;
 pub mod object;
 pub mod registry;
 
@@ -16,12 +17,15 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::blob_id::BlobId;
+use crate::sync::{Mutex, lock};
 
-/// Why bytes are wanted; on-demand requests overtake prefetch.
+/// Why bytes are wanted; the more urgent overtakes the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Priority {
-    /// Speculative or background reading.
+    /// Somebody asked for them in advance: a list, or everything.
     Prefetch,
+    /// A guess what a reader will want next.
+    Speculation,
     /// A reader waits.
     OnDemand,
 }
@@ -35,6 +39,24 @@ pub struct Fetch<'a> {
     pub range: Range<u64>,
     /// Why they are wanted.
     pub priority: Priority,
+    /// Is told which server delivered, if somebody wants to know.
+    pub served_by: Option<&'a ServedBy>,
+}
+
+/// The server that delivered the last bytes of a fetch, for logs.
+#[derive(Debug, Default)]
+pub struct ServedBy(Mutex<String>);
+
+impl ServedBy {
+    /// Its host; empty if there is none, or nothing has come.
+    #[must_use]
+    pub fn host(&self) -> String {
+        lock(&self.0).clone()
+    }
+
+    pub(crate) fn set(&self, host: &str) {
+        host.clone_into(&mut lock(&self.0));
+    }
 }
 
 /// Receives the bytes of a fetch in order; an error ends the fetch early with
@@ -56,6 +78,12 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// See [`BackendError`]; bytes delivered before an error are valid but incomplete.
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError>;
+
+    /// The server that requests go to, by a name that all backends for it have in
+    /// common; `None` if there is none to be spared, as for local files.
+    fn place(&self) -> Option<String> {
+        None
+    }
 
     /// Length of the stored blob, in bytes.
     ///

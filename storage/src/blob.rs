@@ -7,7 +7,7 @@
 //!
 //! Promises: opening needs no network; the chunk table is fetched on the first
 //! miss and kept in the cache; asking for resident data takes no lock, allocates
-//! nothing and costs an atomic load per chunk; every wait has a deadline. Sequential
+//! nothing and costs an atomic load per chunk and a counter; every wait has a deadline. Sequential
 //! readers are kept ahead of by `readahead`.
 //!
 //! If the cache cannot be written, reads are answered from memory
@@ -36,6 +36,8 @@ use crate::error::ReadError;
 use crate::fill::{FillState, Filler, Flights, Outcome, Unvouched, Unwritten, WAIT_LIMIT};
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
+use crate::gate::Gate;
+use crate::metrics::{Metrics, add};
 use crate::readahead::{self, Streams};
 use crate::speculate::{self, Known, Misses, Neighbourhoods, Observer};
 use crate::sync::{Arc, OnceLock, Ordering, Weak};
@@ -77,6 +79,7 @@ pub struct Blob {
     misses: Misses,
     neighbourhoods: OnceLock<Neighbourhoods>,
     observer: OnceLock<Arc<dyn Observer>>,
+    gate: OnceLock<Gate>,
     /// For readahead, which outlives the call that asks for it.
     this: Weak<Self>,
 }
@@ -119,6 +122,7 @@ impl Blob {
             misses: Misses::default(),
             neighbourhoods: OnceLock::new(),
             observer: OnceLock::new(),
+            gate: OnceLock::new(),
             this: Weak::clone(this),
             info,
         }))
@@ -208,6 +212,7 @@ impl Blob {
     ) -> Result<(), ReadError> {
         self.read_ahead(&plain, priority);
         if self.is_resident(plain.clone()) {
+            self.hit(priority);
             return Ok(());
         }
         let table = self.table(priority)?;
@@ -215,6 +220,21 @@ impl Blob {
         self.missed(table, chunks.clone(), priority);
         self.filler(table)
             .run(&[chunks], priority, Unwritten::Refuse, unvouched)
+    }
+
+    fn hit(&self, priority: Priority) {
+        if priority == Priority::OnDemand {
+            add(&self.cache.metrics().hits, 1);
+        }
+    }
+
+    /// Whether the cache has room for what nobody waits for.
+    pub(crate) fn has_room(&self) -> bool {
+        self.cache.has_room()
+    }
+
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
+        self.cache.metrics()
     }
 
     /// Makes chunks resident that nobody waits for.
@@ -240,6 +260,7 @@ impl Blob {
             self.read_ahead(&(first.plain.start..last.plain.end), priority);
         }
         if spans.iter().all(|span| self.is_span_resident(span)) {
+            self.hit(priority);
             return Ok(());
         }
         let table = self.table(priority)?;
@@ -316,6 +337,12 @@ impl Blob {
         let _ = self.neighbourhoods.set(neighbourhoods);
     }
 
+    /// Has fetches of chunks wait for their turn at `gate`. Only the first call has an
+    /// effect; without one there are no limits.
+    pub fn set_gate(&self, gate: Gate) {
+        let _ = self.gate.set(gate);
+    }
+
     /// Has `observer` told of misses. Only the first call has an effect.
     pub fn set_observer(&self, observer: Arc<dyn Observer>) {
         let _ = self.observer.set(observer);
@@ -381,6 +408,8 @@ impl Blob {
             state: &self.fill,
             metrics: self.cache.metrics(),
             memory: self.cache.memory(),
+            gate: self.gate.get(),
+            slow_read: self.cache.slow_read(),
         }
     }
 

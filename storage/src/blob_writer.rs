@@ -27,7 +27,7 @@ use std::io::Write;
 use crate::algorithm::{Compressor, Digester};
 use crate::blob_id::BlobId;
 use crate::blob_info::{BlobFeatures, BlobInfo};
-use crate::codec::{CodecError, Encoder, as_u64};
+use crate::codec::{CodecError, DEFAULT_ZSTD_LEVEL, Encoder, Encoding, as_u64};
 use crate::digest::Digest;
 use crate::format::FormatError;
 use crate::format::chunk_table::{Builder, Layout};
@@ -46,6 +46,8 @@ use sections::TailWriter;
 pub struct BlobOptions {
     /// Of chunks, batches and the chunk table.
     pub compressor: Compressor,
+    /// zstd level, as in [`Encoding`].
+    pub level: i32,
     /// Of chunk digests.
     pub digester: Digester,
     /// Largest chunk in bytes: a power of two from 4 KiB to 16 MiB.
@@ -67,6 +69,7 @@ impl Default for BlobOptions {
     fn default() -> Self {
         Self {
             compressor: Compressor::default(),
+            level: DEFAULT_ZSTD_LEVEL,
             digester: Digester::default(),
             chunk_size: 1 << 20,
             blob_toc: false,
@@ -79,6 +82,19 @@ impl Default for BlobOptions {
 }
 
 impl BlobOptions {
+    /// How chunks are compressed.
+    #[must_use]
+    pub const fn encoding(&self) -> Encoding {
+        Encoding {
+            compressor: match self.original {
+                // They stay what they are.
+                Some(_) => Compressor::None,
+                None => self.compressor,
+            },
+            level: self.level,
+        }
+    }
+
     /// Whether a chunk of `size` bytes is to be given as [`ChunkData::Batched`].
     ///
     /// * `whole_file`: whether its file consists of this chunk alone.
@@ -294,12 +310,7 @@ impl<W: Write> BlobWriter<W> {
     /// allow, [`WriteError::Codec`] for gzip.
     pub fn new(out: W, options: BlobOptions) -> Result<Self, WriteError> {
         options.check()?;
-        let compressor = match options.original {
-            // Nothing is compressed but the table.
-            Some(_) => Compressor::None,
-            None => options.compressor,
-        };
-        let encoder = Encoder::new(compressor).map_err(|source| WriteError::Codec {
+        let encoder = Encoder::new(options.encoding()).map_err(|source| WriteError::Codec {
             what: "the blob",
             source,
         })?;

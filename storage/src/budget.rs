@@ -28,13 +28,13 @@ const TICK: Duration = Duration::from_millis(500);
 pub struct Budget(Arc<Inner>);
 
 struct Inner {
-    limit: u64,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    limit: u64,
     used: u64,
     /// Of that, for background work.
     used_ahead: u64,
@@ -61,7 +61,7 @@ impl Default for Budget {
 impl fmt::Debug for Budget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Budget")
-            .field("limit", &self.0.limit)
+            .field("limit", &self.limit())
             .field("used", &self.used())
             .finish()
     }
@@ -72,10 +72,27 @@ impl Budget {
     #[must_use]
     pub fn new(limit: u64) -> Self {
         Self(Arc::new(Inner {
-            limit,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                limit,
+                ..State::default()
+            }),
             changed: Condvar::new(),
         }))
+    }
+
+    /// Most bytes in flight.
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        lock(&self.0.state).limit
+    }
+
+    /// Makes the limit at least this: those who share a budget get what the most
+    /// demanding one asks for.
+    pub fn raise(&self, limit: u64) {
+        let mut state = lock(&self.0.state);
+        state.limit = state.limit.max(limit);
+        drop(state);
+        self.0.changed.notify_all();
     }
 
     /// Bytes that are taken now.
@@ -95,16 +112,16 @@ impl Budget {
         deadline: Instant,
         stop: &AtomicBool,
     ) -> Option<Grant> {
-        let bytes = bytes.min(self.0.limit);
         let mut state = lock(&self.0.state);
+        let bytes = bytes.min(state.limit);
         let ticket = state.next_ticket;
         state.next_ticket += 1;
         state.queue(priority).push_back(ticket);
         loop {
-            if state.is_turn(ticket, priority) && state.has_room(bytes, priority, self.0.limit) {
+            if state.is_turn(ticket, priority) && state.has_room(bytes, priority) {
                 state.queue(priority).pop_front();
                 state.used += bytes;
-                if priority == Priority::Prefetch {
+                if priority != Priority::OnDemand {
                     state.used_ahead += bytes;
                 }
                 break;
@@ -133,22 +150,24 @@ impl State {
     fn queue(&mut self, priority: Priority) -> &mut VecDeque<u64> {
         match priority {
             Priority::OnDemand => &mut self.readers,
-            Priority::Prefetch => &mut self.ahead,
+            Priority::Speculation | Priority::Prefetch => &mut self.ahead,
         }
     }
 
     fn is_turn(&self, ticket: u64, priority: Priority) -> bool {
         match priority {
             Priority::OnDemand => self.readers.front() == Some(&ticket),
-            Priority::Prefetch => self.readers.is_empty() && self.ahead.front() == Some(&ticket),
+            Priority::Speculation | Priority::Prefetch => {
+                self.readers.is_empty() && self.ahead.front() == Some(&ticket)
+            }
         }
     }
 
-    fn has_room(&self, bytes: u64, priority: Priority, limit: u64) -> bool {
+    fn has_room(&self, bytes: u64, priority: Priority) -> bool {
         let ahead = priority == Priority::OnDemand
             || self.used_ahead == 0
-            || self.used_ahead.saturating_add(bytes) <= limit / 2;
-        ahead && self.used.saturating_add(bytes) <= limit
+            || self.used_ahead.saturating_add(bytes) <= self.limit / 2;
+        ahead && self.used.saturating_add(bytes) <= self.limit
     }
 }
 
@@ -156,7 +175,7 @@ impl Drop for Grant {
     fn drop(&mut self) {
         let mut state = lock(&self.budget.0.state);
         state.used -= self.bytes;
-        if self.priority == Priority::Prefetch {
+        if self.priority != Priority::OnDemand {
             state.used_ahead -= self.bytes;
         }
         drop(state);
@@ -200,6 +219,10 @@ mod tests {
         assert_eq!(budget.used(), 0);
         let all = budget.take(80, Priority::Prefetch, soon(), &stop);
         assert!(all.is_some(), "alone, it may have more than half");
+        assert!(budget.take(30, Priority::OnDemand, soon(), &stop).is_none());
+        budget.clone().raise(110);
+        budget.raise(50);
+        assert!(budget.take(30, Priority::OnDemand, soon(), &stop).is_some());
         stop.store(true, Ordering::Relaxed);
         assert!(budget.take(80, Priority::OnDemand, late(), &stop).is_none());
     }

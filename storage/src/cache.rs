@@ -25,6 +25,7 @@ mod vouched;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use files::CacheState;
 pub(crate) use files::{BlobFiles, OpenFiles};
@@ -68,7 +69,7 @@ impl CacheError {
 }
 
 /// How a cache directory is used.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// Where things are counted.
     pub metrics: Arc<Metrics>,
@@ -76,8 +77,22 @@ pub struct Settings {
     pub limits: Limits,
     /// Memory for fetches; give all directories of a process the same.
     pub memory: Budget,
+    /// A read that waits longer is logged, with chunk and source.
+    pub slow_read: Duration,
     /// The run of the machine, if it is not what the system says: for tests.
     pub boot: Option<BootId>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            metrics: Arc::default(),
+            limits: Limits::default(),
+            memory: Budget::default(),
+            slow_read: Duration::from_secs(1),
+            boot: None,
+        }
+    }
 }
 
 /// A directory with cached blobs. Cheap to clone.
@@ -166,6 +181,11 @@ impl CacheDir {
     #[must_use]
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.0.settings.metrics
+    }
+
+    /// Waits that are worth a line in the log.
+    pub(crate) fn slow_read(&self) -> Duration {
+        self.0.settings.slow_read
     }
 
     /// Memory for fetches into this directory.

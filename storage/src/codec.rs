@@ -31,8 +31,7 @@ pub const MAX_UNIT: usize = 16 << 20;
 ///
 /// On chunks of 1 MiB of programs and libraries, one core encodes 390 MB/s at
 /// level 1, 310 at level 2, 250 at level 3 and 200 at level 4, to 41.3, 39.0,
-/// 37.2 and 36.9 % of the input. The next levels cost more time than they save
-/// bytes; batches of small chunks save more and cost nothing.
+/// 37.2 and 36.9 % of the input. Who can afford more names a level.
 pub const DEFAULT_ZSTD_LEVEL: i32 = 1;
 
 /// What level 1 looks for, instead of what zstd takes by itself: matches of 7 bytes
@@ -96,8 +95,30 @@ impl CodecError {
     }
 }
 
+/// How new data is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoding {
+    /// The algorithm.
+    pub compressor: Compressor,
+    /// zstd level, from -7 (fastest) to 19 (smallest); other algorithms have none.
+    pub level: i32,
+}
+
+impl From<Compressor> for Encoding {
+    /// With the default level.
+    fn from(compressor: Compressor) -> Self {
+        Self {
+            compressor,
+            level: DEFAULT_ZSTD_LEVEL,
+        }
+    }
+}
+
 /// A compressor with its reusable state; one per worker thread.
-pub struct Encoder(State);
+pub struct Encoder {
+    encoding: Encoding,
+    state: State,
+}
 
 enum State {
     Store,
@@ -107,54 +128,48 @@ enum State {
 
 impl std::fmt::Debug for Encoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Encoder({})", self.compressor())
+        write!(f, "Encoder({:?})", self.encoding)
     }
 }
 
 impl Encoder {
-    /// An encoder with the default level.
+    /// An encoder, with the default level for a mere [`Compressor`].
     ///
     /// # Errors
     /// [`CodecError::Unsupported`] for gzip, which only occurs in layers that
     /// exist already; [`CodecError::Encode`] if memory is short.
-    pub fn new(compressor: Compressor) -> Result<Self, CodecError> {
-        Self::with_level(compressor, DEFAULT_ZSTD_LEVEL)
-    }
-
-    /// An encoder with a zstd level of -7 (fastest) to 19; other algorithms
-    /// have no levels and ignore it.
-    ///
-    /// # Errors
-    /// As for [`Encoder::new`].
-    pub fn with_level(compressor: Compressor, level: i32) -> Result<Self, CodecError> {
-        match compressor {
-            Compressor::None => Ok(Self(State::Store)),
+    pub fn new(encoding: impl Into<Encoding>) -> Result<Self, CodecError> {
+        let encoding = encoding.into();
+        let Encoding { compressor, level } = encoding;
+        let state = match compressor {
+            Compressor::None => State::Store,
             // Always the large table: the other kind upgrades itself at the first
             // large input, and from then on small inputs would compress differently.
-            Compressor::Lz4 => Ok(Self(State::Lz4(CompressTable::large()))),
+            Compressor::Lz4 => State::Lz4(CompressTable::large()),
             Compressor::Zstd => match zstd_encoder(level) {
-                Ok(encoder) => Ok(Self(State::Zstd(encoder))),
-                Err(error) => Err(CodecError::Encode {
-                    compressor,
-                    len: 0,
-                    source: Box::new(error),
-                }),
+                Ok(encoder) => State::Zstd(encoder),
+                Err(error) => {
+                    return Err(CodecError::Encode {
+                        compressor,
+                        len: 0,
+                        source: Box::new(error),
+                    });
+                }
             },
-            Compressor::Gzip => Err(CodecError::Unsupported {
-                compressor,
-                purpose: "new data",
-            }),
-        }
+            Compressor::Gzip => {
+                return Err(CodecError::Unsupported {
+                    compressor,
+                    purpose: "new data",
+                });
+            }
+        };
+        Ok(Self { encoding, state })
     }
 
-    /// The algorithm of this encoder.
+    /// What this encoder does.
     #[must_use]
-    pub fn compressor(&self) -> Compressor {
-        match self.0 {
-            State::Store => Compressor::None,
-            State::Lz4(_) => Compressor::Lz4,
-            State::Zstd(_) => Compressor::Zstd,
-        }
+    pub const fn encoding(&self) -> Encoding {
+        self.encoding
     }
 
     /// Appends the compressed form of `data` to `out`, if it is strictly smaller.
@@ -167,13 +182,13 @@ impl Encoder {
     /// unspecified then.
     pub fn compress(&mut self, data: &[u8], out: &mut Vec<u8>) -> Result<bool, CodecError> {
         let start = out.len();
-        let compressor = self.compressor();
+        let compressor = self.encoding.compressor;
         let failed = |source| CodecError::Encode {
             compressor,
             len: data.len(),
             source,
         };
-        match &mut self.0 {
+        match &mut self.state {
             State::Store => {}
             State::Lz4(table) => {
                 out.resize(start + lz4::get_maximum_output_size(data.len()), 0);

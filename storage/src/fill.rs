@@ -39,7 +39,7 @@ use plan::{Member, Piece};
 use recent::Recent;
 use unpack::{Job, Unpacker};
 
-use crate::backend::{Backend, BackendError, Fetch, Priority};
+use crate::backend::{Backend, BackendError, Fetch, Priority, ServedBy};
 use crate::blob_id::BlobId;
 use crate::blob_info::BlobInfo;
 use crate::budget::{Budget, Grant};
@@ -48,13 +48,17 @@ use crate::digest::{ChunkDigests, Digest};
 use crate::error::ReadError;
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
-use crate::metrics::{Metrics, add, add_time};
+use crate::gate::{Gate, Pass};
+use crate::metrics::{Metrics, add, add_latency, add_time};
 use crate::sync::{self, Arc, AtomicBool, Ordering};
 use crate::units::ChunkIndex;
 
 /// Longest wait for another reader's fetch. Above the deadline of any backend, so
 /// that normally the reader that fetches reports what is wrong.
 pub(crate) const WAIT_LIMIT: Duration = Duration::from_secs(300);
+
+/// Waits that are not worth a note.
+const NOTHING: Duration = Duration::from_millis(1);
 
 /// Times a reader starts over for a chunk, because whoever fetched it gave up.
 const MAX_TURNS: u32 = 8;
@@ -79,6 +83,9 @@ pub(crate) struct Filler<'a> {
     pub(crate) state: &'a FillState,
     pub(crate) metrics: &'a Metrics,
     pub(crate) memory: &'a Budget,
+    /// `None` for a source that has no limits.
+    pub(crate) gate: Option<&'a Gate>,
+    pub(crate) slow_read: Duration,
 }
 
 /// What to do with chunks that cannot be written to the cache file.
@@ -107,6 +114,14 @@ struct Request<'m> {
     unwritten: Unwritten<'m>,
     unvouched: Unvouched,
     failed: Option<ReadError>,
+    longest: Option<Wait>,
+}
+
+/// What took a reader's time.
+struct Wait {
+    chunk: ChunkIndex,
+    time: Duration,
+    on: String,
 }
 
 impl Request<'_> {
@@ -147,6 +162,16 @@ impl Request<'_> {
         }
     }
 
+    /// Notes what the time since `start` was spent on.
+    fn waited(&mut self, chunk: ChunkIndex, start: Instant, on: impl FnOnce() -> String) {
+        let time = start.elapsed();
+        let longest = self.longest.as_ref().map_or(NOTHING, |wait| wait.time);
+        if time > longest {
+            let on = on();
+            self.longest = Some(Wait { chunk, time, on });
+        }
+    }
+
     fn check(&self) -> Result<(), ReadError> {
         self.failed.clone().map_or(Ok(()), Err)
     }
@@ -173,14 +198,48 @@ impl<'a> Filler<'a> {
             unwritten,
             unvouched,
             failed: None,
+            longest: None,
         };
+        let start = Instant::now();
+        let result = self.settle_all(wanted, &mut request);
+        if priority == Priority::OnDemand {
+            add(&self.metrics.misses, 1);
+            add_time(&self.metrics.read_wait_time, start);
+            if start.elapsed() >= self.slow_read {
+                self.report_slow(start.elapsed(), &request);
+            }
+        }
+        result
+    }
+
+    fn settle_all(
+        &self,
+        wanted: &[Range<u32>],
+        request: &mut Request<'_>,
+    ) -> Result<(), ReadError> {
         for range in wanted {
-            self.lead_missing(range.clone(), &mut request)?;
+            self.lead_missing(range.clone(), request)?;
         }
         for index in wanted.iter().cloned().flatten() {
-            self.settle(ChunkIndex::new(index), &mut request)?;
+            self.settle(ChunkIndex::new(index), request)?;
         }
         Ok(())
+    }
+
+    /// One line that says which chunk a reader waited for, on what, and how long.
+    fn report_slow(&self, time: Duration, request: &Request<'_>) {
+        add(&self.metrics.slow_reads, 1);
+        let blob = &self.info.id;
+        match &request.longest {
+            Some(Wait {
+                chunk,
+                time: part,
+                on,
+            }) => tracing::warn!(
+                "slow read: {time:.1?}, of that {part:.1?} for chunk {chunk} of blob {blob} from {on}"
+            ),
+            None => tracing::warn!("slow read: {time:.1?} for chunks of blob {blob}"),
+        }
     }
 
     /// Fetches what nobody else is fetching, one request at a time.
@@ -194,10 +253,19 @@ impl<'a> Filler<'a> {
             if pieces.is_empty() {
                 continue;
             }
-            // Before the claim: nobody waits for chunks of a reader without memory.
+            // Before the claim: nobody waits for chunks of a reader without permission
+            // or memory.
+            let index = first_chunk(&pieces);
+            let start = Instant::now();
+            let pass = self.pass(&pieces, request.priority)?;
+            request.waited(index, start, || {
+                "a busy server: waiting for a turn".to_owned()
+            });
+            let start = Instant::now();
             let memory = self.memory(plan::memory(&pieces), request.priority)?;
+            request.waited(index, start, || "memory that other fetches use".to_owned());
             let jobs = self.claim(pieces, request.priority);
-            self.lead(jobs, memory, request);
+            self.lead(jobs, (pass, memory), request);
             request.check()?;
         }
         Ok(())
@@ -271,6 +339,25 @@ impl<'a> Filler<'a> {
             .collect()
     }
 
+    /// Permission to ask the backend for these pieces.
+    fn pass(&self, pieces: &[Piece], priority: Priority) -> Result<Option<Pass>, ReadError> {
+        let Some(gate) = self.gate else {
+            return Ok(None);
+        };
+        let len = |piece: &Piece| piece.stored.end.saturating_sub(piece.stored.start);
+        let (start, stop) = (Instant::now(), &self.state.stopped);
+        let pass = gate
+            .enter(
+                pieces.iter().map(len).sum(),
+                priority,
+                start + WAIT_LIMIT,
+                stop,
+            )
+            .ok_or_else(|| self.no_result(ChunkIndex::new(0), start.elapsed()))?;
+        add_time(&self.metrics.turn_wait_time, start);
+        Ok(Some(pass))
+    }
+
     fn memory(&self, bytes: u64, priority: Priority) -> Result<Grant, ReadError> {
         let start = Instant::now();
         let stop = &self.state.stopped;
@@ -283,7 +370,9 @@ impl<'a> Filler<'a> {
     }
 
     /// Delivers claimed chunks from wherever they are cheapest.
-    fn lead(&self, jobs: Vec<Job<'a>>, memory: Grant, request: &mut Request<'_>) {
+    ///
+    /// * `granted`: given back when nothing is fetched any more.
+    fn lead(&self, jobs: Vec<Job<'a>>, granted: (Option<Pass>, Grant), request: &mut Request<'_>) {
         let mut ours = Vec::new();
         let mut elsewhere = Vec::new();
         for job in jobs {
@@ -297,7 +386,7 @@ impl<'a> Filler<'a> {
             }
         }
         self.fetch(ours, request);
-        drop(memory);
+        drop(granted);
         // Only now: whoever waits for another process holds nothing that one may want.
         self.await_other_processes(elsewhere, request);
     }
@@ -377,25 +466,48 @@ impl<'a> Filler<'a> {
         request: &mut Request<'_>,
     ) -> Result<(), (VecDeque<Job<'a>>, ReadError)> {
         let start = Instant::now();
+        let served_by = ServedBy::default();
         let fetch = Fetch {
             blob: &self.info.id,
             range: range.clone(),
             priority: request.priority,
+            served_by: Some(&served_by),
         };
+        let chunk = jobs
+            .front()
+            .map_or_else(ChunkIndex::default, Job::first_chunk);
+        let span = tracing::info_span!(
+            "fetch",
+            blob = %self.info.id,
+            at = range.start,
+            len = range.end - range.start,
+            reason = ?fetch.priority,
+        );
+        let entered = span.enter();
         let mut unpacker = Unpacker::new(self, jobs, range.start);
         let result = self
             .backend
             .fetch(&fetch, &mut |bytes| unpacker.feed(bytes, request));
         self.metrics.fetched(fetch.priority, unpacker.received);
         add_time(&self.metrics.fetch_time, start);
+        if fetch.priority == Priority::OnDemand {
+            add_latency(self.metrics, start.elapsed());
+        }
+        let host = served_by.host();
         tracing::debug!(
             blob = %self.info.id,
             at = range.start,
             len = range.end - range.start,
             priority = ?fetch.priority,
+            %host,
             elapsed = ?start.elapsed(),
             "fetched"
         );
+        drop(entered);
+        request.waited(chunk, start, || match host.as_str() {
+            "" => "its source".to_owned(),
+            host => host.to_owned(),
+        });
         if unpacker.jobs.is_empty() {
             return Ok(());
         }
@@ -470,6 +582,7 @@ impl<'a> Filler<'a> {
             let outcome = flight.wait(start + WAIT_LIMIT, &self.state.stopped);
             add(&self.metrics.waits, 1);
             add_time(&self.metrics.wait_time, start);
+            request.waited(index, start, || "the fetch of another reader".to_owned());
             match outcome {
                 None => return Err(self.no_result(index, start.elapsed())),
                 Some(Outcome::Failed(_)) if flight.priority < request.priority => {}
@@ -513,6 +626,11 @@ impl<'a> Filler<'a> {
             source: Arc::new(error),
         }
     }
+}
+
+fn first_chunk(pieces: &[Piece]) -> ChunkIndex {
+    let first = pieces.iter().flat_map(|piece| &piece.members).next();
+    first.map_or_else(ChunkIndex::default, |member| member.index)
 }
 
 /// Whether a shorter request may succeed where this one failed.

@@ -36,6 +36,7 @@ pub mod digest;
 pub mod error;
 pub mod fill;
 pub mod format;
+pub mod gate;
 mod gzip_blocks;
 pub mod mapped;
 pub mod metrics;

@@ -4,9 +4,8 @@
 //! happens; there are no globals. [`Metrics::snapshot`] pairs each value with its
 //! description, so an exporter needs to know nothing else.
 //!
-//! Reads that find everything resident are not counted here: they cost one atomic
-//! load per chunk, and a shared counter would cost more than that. Front ends
-//! count them.
+//! One [`Metrics`] belongs to one mounted image, so its backend is told by whose it is.
+//! Users find the same in `docs/metrics.md`.
 #![forbid(unsafe_code)]
 
 use crate::backend::Priority;
@@ -60,15 +59,30 @@ macro_rules! metrics {
 
 metrics! {
     requests_on_demand: Counter, "backend.requests_on_demand", "requests", "Fetches made because a reader waited.";
-    requests_prefetch: Counter, "backend.requests_prefetch", "requests", "Fetches made ahead of any reader.";
+    requests_speculation: Counter, "backend.requests_speculation", "requests", "Fetches made because a reader will probably want the bytes: readahead included.";
+    requests_prefetch: Counter, "backend.requests_prefetch", "requests", "Fetches made because a list or a setting asked for it.";
     bytes_on_demand: Counter, "backend.bytes_on_demand", "bytes", "Compressed bytes received because a reader waited.";
-    bytes_prefetch: Counter, "backend.bytes_prefetch", "bytes", "Compressed bytes received ahead of any reader.";
+    bytes_speculation: Counter, "backend.bytes_speculation", "bytes", "Compressed bytes received because a reader will probably want them.";
+    bytes_prefetch: Counter, "backend.bytes_prefetch", "bytes", "Compressed bytes received because a list or a setting asked for it.";
+    turn_wait_time: Counter, "backend.turn_wait_time", "nanoseconds", "Time that fetches waited for their turn at a busy server, or for bandwidth.";
+    latency_1: Counter, "backend.on_demand_within_1_ms", "requests", "Fetches for readers that took at most 1 ms, and more than the class before.";
+    latency_20: Counter, "backend.on_demand_within_20_ms", "requests", "Fetches for readers that took at most 20 ms, and more than the class before.";
+    latency_50: Counter, "backend.on_demand_within_50_ms", "requests", "Fetches for readers that took at most 50 ms, and more than the class before.";
+    latency_100: Counter, "backend.on_demand_within_100_ms", "requests", "Fetches for readers that took at most 100 ms, and more than the class before.";
+    latency_500: Counter, "backend.on_demand_within_500_ms", "requests", "Fetches for readers that took at most 500 ms, and more than the class before.";
+    latency_1000: Counter, "backend.on_demand_within_1000_ms", "requests", "Fetches for readers that took at most 1000 ms, and more than the class before.";
+    latency_2000: Counter, "backend.on_demand_within_2000_ms", "requests", "Fetches for readers that took at most 2000 ms, and more than the class before.";
+    latency_more: Counter, "backend.on_demand_slower", "requests", "Fetches for readers that took more than 2000 ms.";
     fetch_time: Counter, "backend.fetch_time", "nanoseconds", "Time spent in fetches, decoding included, all threads added up.";
     fetch_failures: Counter, "backend.fetch_failures", "requests", "Fetches that failed after all attempts.";
     retries: Counter, "backend.retries", "requests", "Attempts after the first of a fetch.";
+    hedges: Counter, "backend.hedges", "requests", "Second requests for what a reader waits for and the first did not bring in time.";
+    hedges_won: Counter, "backend.hedges_won", "requests", "Of these, those that were faster.";
     redirects_renewed: Counter, "backend.redirects_renewed", "requests", "Remembered redirects that had expired.";
     bytes_skipped: Counter, "backend.bytes_skipped", "bytes", "Bytes read and thrown away because a server ignores ranges.";
     mirror_failures: Counter, "backend.mirror_failures", "requests", "Requests to a mirror that another source had to serve.";
+    hits: Counter, "cache.hits", "reads", "Looks of readers that found all they wanted; a FUSE read that waited looks once more when it is answered.";
+    misses: Counter, "cache.misses", "reads", "Looks of readers that had to wait for something.";
     chunks_filled: Counter, "cache.chunks_filled", "chunks", "Chunks fetched, verified and written to the cache.";
     bytes_filled: Counter, "cache.bytes_filled", "bytes", "Uncompressed bytes written to the cache.";
     chunks_in_memory: Counter, "cache.chunks_in_memory", "chunks", "Chunks served from memory because the cache could not be written.";
@@ -81,20 +95,42 @@ metrics! {
     bytes_cached: Gauge, "cache.bytes", "bytes", "Disk space of the cache directory when it was last looked at.";
     verify_failures: Counter, "fill.verify_failures", "chunks", "Chunks that did not decode or did not match their digest.";
     memory_wait_time: Counter, "fill.memory_wait_time", "nanoseconds", "Time that fetches waited for memory that others were using.";
+    read_wait_time: Counter, "fill.read_wait_time", "nanoseconds", "Time that readers waited for bytes, whatever the cause, all added up.";
+    slow_reads: Counter, "fill.slow_reads", "reads", "Reads that waited longer than --slow-read-ms; each is logged.";
     waits: Counter, "fill.waits", "waits", "Times a reader waited for a chunk that another one fetched.";
     waits_for_processes: Counter, "fill.waits_for_processes", "waits", "Times chunks were left to another process that was fetching them.";
     wait_time: Counter, "fill.wait_time", "nanoseconds", "Time that readers spent in these waits.";
+    prefetch_total: Gauge, "prefetch.total", "bytes", "Uncompressed bytes that are to be prefetched.";
+    prefetch_done: Gauge, "prefetch.done", "bytes", "Of these, bytes that are in the cache.";
+    prefetch_failed: Gauge, "prefetch.failed", "bytes", "Of these, bytes that were given up.";
+    prefetch_held: Gauge, "prefetch.held", "boolean", "1 while prefetch is paused or the cache has no room for it.";
 }
 
 impl Metrics {
     pub(crate) fn fetched(&self, priority: Priority, bytes: u64) {
         let (requests, counter) = match priority {
             Priority::OnDemand => (&self.requests_on_demand, &self.bytes_on_demand),
+            Priority::Speculation => (&self.requests_speculation, &self.bytes_speculation),
             Priority::Prefetch => (&self.requests_prefetch, &self.bytes_prefetch),
         };
         add(requests, 1);
         add(counter, bytes);
     }
+}
+
+/// Counts a fetch for a reader by how long it took.
+pub(crate) fn add_latency(metrics: &Metrics, time: std::time::Duration) {
+    let counter = match time.as_micros().div_ceil(1000) {
+        0..=1 => &metrics.latency_1,
+        2..=20 => &metrics.latency_20,
+        21..=50 => &metrics.latency_50,
+        51..=100 => &metrics.latency_100,
+        101..=500 => &metrics.latency_500,
+        501..=1000 => &metrics.latency_1000,
+        1001..=2000 => &metrics.latency_2000,
+        _ => &metrics.latency_more,
+    };
+    add(counter, 1);
 }
 
 /// Adds to a counter.
@@ -115,6 +151,59 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    /// `docs/metrics.md` lists them all, as they are.
+    #[test]
+    fn every_number_is_documented() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let listed: Vec<_> = text
+            .lines()
+            .filter(|line| line.starts_with("| `"))
+            .collect();
+        let expected: Vec<_> = ALL
+            .iter()
+            .map(|metric| {
+                let Metric {
+                    name,
+                    unit,
+                    kind,
+                    meaning,
+                } = metric;
+                format!(
+                    "| `{name}` | {unit} | {} | {meaning} |",
+                    match kind {
+                        Kind::Counter => "counter",
+                        Kind::Gauge => "gauge",
+                    }
+                )
+            })
+            .collect();
+        assert_eq!(listed, expected, "put the lines on the right into {path}");
+    }
+
+    #[test]
+    fn latencies_are_put_into_their_classes() {
+        let metrics = Metrics::default();
+        for micros in [0, 1000, 1001, 20_000, 2_000_000, 2_000_001, 99_000_000] {
+            add_latency(&metrics, std::time::Duration::from_micros(micros));
+        }
+        let all = metrics.snapshot();
+        let seen: Vec<_> = all.iter().filter(|(_, value)| *value > 0).collect();
+        let seen: Vec<_> = seen
+            .iter()
+            .map(|(metric, value)| (metric.name, *value))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("backend.on_demand_within_1_ms", 2),
+                ("backend.on_demand_within_20_ms", 2),
+                ("backend.on_demand_within_2000_ms", 1),
+                ("backend.on_demand_slower", 2),
+            ]
+        );
+    }
 
     #[test]
     fn every_number_has_its_own_name_and_is_reported() {

@@ -24,6 +24,25 @@ use sha2::{Digest as _, Sha256};
 use crate::digest::Digest;
 use gzip::Gzip;
 
+/// Why a layer, which may be perfectly fine, cannot stay what it is.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NotInPlace(String);
+
+impl NotInPlace {
+    /// Whether `error` carries one.
+    #[must_use]
+    pub fn is_in(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+impl From<NotInPlace> for io::Error {
+    fn from(reason: NotInPlace) -> Self {
+        Self::new(ErrorKind::Unsupported, reason)
+    }
+}
+
 /// How the layer is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -93,7 +112,8 @@ impl<R: Read> LayerReader<R> {
     /// Looks at the first bytes of `reader` to find out how the layer is stored.
     ///
     /// # Errors
-    /// Reading failed, or the bytes are those of another compression than gzip.
+    /// Reading failed; [`NotInPlace`] if the bytes are those of another compression than
+    /// gzip.
     pub fn open(reader: R) -> io::Result<Self> {
         const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
         let mut stored = Stored::new(reader);
@@ -102,7 +122,7 @@ impl<R: Read> LayerReader<R> {
             [0x1f, 0x8b, ..] => Some(Gzip::new()?),
             _ if start == ZSTD => {
                 let problem = "it is compressed with zstd; only gzip and plain tar archives can be used in place";
-                return Err(io::Error::new(ErrorKind::InvalidData, problem));
+                return Err(NotInPlace(problem.to_owned()).into());
             }
             _ => None,
         };
@@ -125,8 +145,8 @@ impl<R: Read> LayerReader<R> {
     /// Announces that the next `len` bytes to be read are one chunk.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if no seek context can hold the chunk, because
-    /// it is too far behind the last block boundary; decoding may fail.
+    /// [`NotInPlace`] if no seek context can hold the chunk, because it is too far behind
+    /// the last block boundary; decoding may fail.
     pub fn begin_chunk(&mut self, len: u32) -> io::Result<()> {
         self.chunk_start = self.stored.offset;
         match &mut self.gzip {
@@ -138,7 +158,8 @@ impl<R: Read> LayerReader<R> {
     /// Where the chunk is whose bytes were just read.
     ///
     /// # Errors
-    /// Reading on, to see whether more than the chunk follows, failed.
+    /// Reading on, to see whether more than the chunk follows, failed; [`NotInPlace`] if
+    /// decoding the chunk would take too much input.
     pub fn end_chunk(&mut self) -> io::Result<Place> {
         match &mut self.gzip {
             Some(gzip) => gzip.end_chunk(&mut self.stored),

@@ -6,7 +6,7 @@
 //!
 //! Promises: memory for the list alone; a step that fails is tried again after a pause
 //! and given up after `ATTEMPTS`; a paused or stopped prefetch ends its running steps
-//! and begins no other; a closed blob ends those of its steps that are left.
+//! and begins no other, and so does one whose cache has no room; a closed blob ends those of its steps that are left.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,13 +15,17 @@ use std::time::{Duration, Instant};
 use crate::backend::Priority;
 use crate::blob::Blob;
 use crate::error::ReadError;
-use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, lock, wait};
+use crate::metrics::{Metrics, add};
+use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, Weak, lock, wait};
 
 /// Attempts for each step.
 const ATTEMPTS: u32 = 5;
 
 /// Pause before a failed step is tried again; doubles with every attempt.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// Time between two lines about the progress.
+const LOG_EVERY: Duration = Duration::from_secs(10);
 
 /// Longest sleep of a thread that waits, so that it hears of the end without a signal.
 const POLL: Duration = Duration::from_millis(500);
@@ -74,6 +78,8 @@ pub struct Prefetch(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     settings: Settings,
+    /// Of the image that is prefetched.
+    metrics: Arc<Metrics>,
     total: u64,
     done: AtomicU64,
     failed: AtomicU64,
@@ -88,6 +94,10 @@ struct Work {
     state: State,
     /// Until when the bandwidth is used up.
     free_at: Instant,
+    /// When progress was logged last.
+    logged: Instant,
+    /// Whether the cache had no room when somebody looked.
+    no_room: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,9 +144,14 @@ impl Prefetch {
         for (blob, plain) in ranges {
             cut(&mut steps, &blob, &plain, settings.step.max(4096));
         }
+        let total = steps.iter().map(Step::len).sum();
+        let metrics = steps.front().map(|step| Arc::clone(step.blob.metrics()));
+        let metrics = metrics.unwrap_or_default();
+        metrics.prefetch_total.store(total, Ordering::Relaxed);
         let shared = Arc::new(Shared {
             settings,
-            total: steps.iter().map(Step::len).sum(),
+            metrics,
+            total,
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             began,
@@ -144,6 +159,8 @@ impl Prefetch {
                 steps,
                 state: State::Running,
                 free_at: began,
+                logged: began,
+                no_room: false,
             }),
             changed: Condvar::new(),
         });
@@ -163,14 +180,40 @@ impl Prefetch {
         self.0.progress()
     }
 
-    /// Begins no further steps until [`Prefetch::resume`].
+    /// For those who want to know when it has ended.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::downgrade(&self.0))
+    }
+
+    /// Begins no further steps until [`Prefetch::resume`]. May be called at any time.
     pub fn pause(&self) {
         self.0.change(State::Running, State::Paused);
+    }
+
+    /// Whether no step is begun at the moment: paused, or the cache has no room.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.0.is_held()
     }
 
     /// Goes on after [`Prefetch::pause`].
     pub fn resume(&self) {
         self.0.change(State::Paused, State::Running);
+    }
+}
+
+/// Looks at a prefetch without keeping it.
+#[derive(Clone, Debug)]
+pub struct Watch(Weak<Shared>);
+
+impl Watch {
+    /// Whether steps are left and being worked on.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.0
+            .upgrade()
+            .is_some_and(|shared| !shared.progress().is_over() && !shared.is_held())
     }
 }
 
@@ -200,6 +243,11 @@ fn cut(steps: &mut VecDeque<Step>, blob: &Arc<Blob>, plain: &Range<u64>, len: u6
 }
 
 impl Shared {
+    fn is_held(&self) -> bool {
+        let work = lock(&self.work);
+        work.state != State::Running || work.no_room
+    }
+
     fn progress(&self) -> Progress {
         Progress {
             total: self.total,
@@ -212,6 +260,8 @@ impl Shared {
         let mut work = lock(&self.work);
         if work.state == from {
             work.state = to;
+            let held = u64::from(to == State::Paused || work.no_room);
+            self.metrics.prefetch_held.store(held, Ordering::Relaxed);
         }
         drop(work);
         self.changed.notify_all();
@@ -229,11 +279,13 @@ impl Shared {
         let mut work = lock(&self.work);
         loop {
             let now = Instant::now();
-            let pause = match work.state {
+            let state = work.state;
+            let pause = match state {
                 State::Stopped => return None,
                 State::Paused => POLL,
                 State::Running if self.progress().is_over() => return None,
                 State::Running if work.free_at > now => work.free_at - now,
+                State::Running if self.has_no_room(&mut work) => POLL,
                 State::Running => {
                     let is_due = |step: &Step| step.not_before.is_none_or(|time| time <= now);
                     let due = work.steps.iter().position(is_due);
@@ -249,6 +301,23 @@ impl Shared {
         }
     }
 
+    /// Whether the cache is full of what is in use. Looks again every time.
+    fn has_no_room(&self, work: &mut Work) -> bool {
+        let no_room = work.steps.front().is_some_and(|step| !step.blob.has_room());
+        if no_room != work.no_room {
+            work.no_room = no_room;
+            self.metrics
+                .prefetch_held
+                .store(no_room.into(), Ordering::Relaxed);
+            if no_room {
+                tracing::warn!("prefetch waits: the cache has no room for more");
+            } else {
+                tracing::info!("prefetch goes on: the cache has room again");
+            }
+        }
+        no_room
+    }
+
     /// How long a step takes at the limit of the bandwidth.
     fn time_for(&self, step: &Step) -> Duration {
         let nanoseconds = u128::from(step.stored_len()) * 1_000_000_000;
@@ -260,6 +329,7 @@ impl Shared {
         match result {
             Ok(()) => {
                 self.done.fetch_add(step.len(), Ordering::Relaxed);
+                add(&self.metrics.prefetch_done, step.len());
             }
             Err(error) => {
                 step.attempts += 1;
@@ -269,6 +339,7 @@ impl Shared {
                 if is_last {
                     tracing::warn!("prefetch of {:?} of {blob} given up: {error}", step.plain);
                     self.failed.fetch_add(step.len(), Ordering::Relaxed);
+                    add(&self.metrics.prefetch_failed, step.len());
                 } else {
                     tracing::debug!("prefetch of {:?} of {blob}: {error}", step.plain);
                     let pause = PAUSE * 2_u32.saturating_pow(step.attempts - 1);
@@ -284,6 +355,14 @@ impl Shared {
             let Progress { done, failed, .. } = progress;
             let elapsed = self.began.elapsed().as_secs_f64();
             tracing::info!("prefetch: {done} bytes resident, {failed} given up, {elapsed:.2} s");
+            return;
+        }
+        let mut work = lock(&self.work);
+        if work.logged.elapsed() >= LOG_EVERY {
+            work.logged = Instant::now();
+            drop(work);
+            let Progress { total, done, .. } = progress;
+            tracing::info!("prefetch: {done} of {total} bytes resident");
         }
     }
 }

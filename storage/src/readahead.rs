@@ -7,7 +7,7 @@
 //!
 //! Promises: nobody waits here: with the queue full, or another reader in the middle
 //! of [`Streams::advise`], the advice is dropped; what is fetched is verified and
-//! cached like anything else, at the priority of prefetching; a failure is left to
+//! cached like anything else, at the priority of speculation; a failure is left to
 //! the reader who really needs the bytes.
 
 use std::ops::Range;
@@ -149,7 +149,7 @@ fn work(windows: &Mutex<Receiver<Window>>) {
         let Ok(Window { blob, plain }) = lock(windows).recv() else {
             return;
         };
-        if let Err(error) = blob.ensure(plain.clone(), Priority::Prefetch) {
+        if let Err(error) = blob.ensure(plain.clone(), Priority::Speculation) {
             tracing::debug!("readahead of {plain:?} of {}: {error}", blob.info().id);
         }
     }

@@ -313,10 +313,10 @@ fn start() -> Arc<Queue> {
 fn work(queue: &Queue) {
     loop {
         let Guess { blob, chunks } = next(queue);
-        let Some(blob) = blob.upgrade() else {
+        let Some(blob) = blob.upgrade().filter(|blob| blob.has_room()) else {
             continue;
         };
-        if let Err(error) = blob.ensure_chunks(chunks.clone(), Priority::Prefetch) {
+        if let Err(error) = blob.ensure_chunks(chunks.clone(), Priority::Speculation) {
             tracing::debug!(
                 "speculation on chunks {chunks:?} of {}: {error}",
                 blob.info().id

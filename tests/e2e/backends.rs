@@ -94,6 +94,7 @@ fn fetch(backend: &dyn Backend, blob: &BlobId, range: Range<u64>) -> Result<Vec<
         blob,
         range,
         priority,
+        served_by: None,
     };
     fetch_to_vec(backend, &request, 1 << 24)
 }

@@ -525,6 +525,28 @@ fn layers_used_in_place() {
     daemon.stop().unwrap();
 }
 
+/// The lowest layer has a file with holes, which no index can describe.
+#[test]
+fn a_layer_with_holes_is_converted_beside_others() {
+    let scene = Scene::new();
+    let source = Source::new(&scene);
+    let registry = Registry::start(Auth::Open).unwrap();
+    registry.push(&source.layout, "test", "app:v1").unwrap();
+    let (from, to) = (registry.reference("app:v1"), registry.reference("app:ref"));
+    let finished = succeed(convert(&scene, &from, &to).arg("--oci-ref")).unwrap();
+    let warnings = finished.stderr.matches("a file with holes").count();
+    assert_eq!(warnings, 1, "{}", finished.stderr);
+
+    let manifest = registry.manifest_json("app:ref").unwrap();
+    let (_, blobs) = manifest["layers"].as_array().unwrap().split_last().unwrap();
+    let stays = |blob: &Value| !blob["annotations"]["containerd.io/snapshot/nydus-ref"].is_null();
+    let stays: Vec<bool> = blobs.iter().map(stays).collect();
+    assert_eq!(stays, [false, true, true]);
+    let daemon = scene.mount_image(&to);
+    assert_same_tree(&source.tree, daemon.point());
+    daemon.stop().unwrap();
+}
+
 #[test]
 fn a_chunk_dictionary_saves_blobs() {
     let scene = Scene::new();

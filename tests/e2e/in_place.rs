@@ -156,6 +156,46 @@ fn an_inlined_index_is_merged() {
     daemon.stop().unwrap();
 }
 
+/// `--blob-cache-dir` writes what a daemon has in its cache once everything was read.
+#[test]
+fn cache_files_are_those_of_a_daemon() {
+    let scene = Scene::new();
+    let source = scene.nasty_tree(TREE);
+    let tar = scene.path("layer.tar");
+    write_tree_without_holes(&source, &tar).unwrap();
+    let layer = gzip(&tar, "-6", 1);
+    for (name, kind, input, more) in [
+        ("zran", "targz-ref", &layer, &[][..]),
+        ("tar", "targz-ref", &tar, &["--features", "blob-toc"]),
+        ("native", "tar-rafs", &tar, &["--chunk-size", "0x10000"]),
+    ] {
+        let build = match kind {
+            "targz-ref" => index(&scene, name, more, input),
+            _ => {
+                let plain = ["--type", kind, "--compressor", "none"];
+                scene.create(name, &[&plain, more].concat(), input)
+            }
+        };
+        let daemon = scene.mount(&build);
+        assert_same_tree(&source, daemon.point());
+        daemon.stop().unwrap();
+
+        let cache = scene.dir(&format!("{name}.cache"));
+        let mut create = nydus_image().unwrap();
+        create.args(["create", "--type", kind, "--bootstrap"]);
+        create.arg(scene.path(&format!("{name}.again"))).args(more);
+        create.arg("--blob-cache-dir").arg(&cache);
+        succeed(create.arg(input)).unwrap();
+        let read = |path: PathBuf| fs::read(path).unwrap();
+        assert!(read(build.bootstrap) == read(scene.path(&format!("{name}.again"))));
+        for suffix in ["blob.data", "blob.meta"] {
+            let file = format!("{}.{suffix}", build.blobs[0]);
+            let equal = read(cache.join(&file)) == read(build.blob_dir.join(&file));
+            assert!(equal, "{name}: {suffix}");
+        }
+    }
+}
+
 #[test]
 fn a_small_read_decodes_a_small_part() {
     let scene = Scene::new();

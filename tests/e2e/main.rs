@@ -33,6 +33,7 @@ mod convert;
 mod create;
 mod erofs;
 mod fixtures;
+mod hedge;
 mod help;
 mod in_place;
 mod kernel;

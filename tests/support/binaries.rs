@@ -1,4 +1,4 @@
-//! Where `nydusd` and `nydus-image` are.
+//! Where our programs are.
 //!
 //! Cargo builds the programs of a package for that package's own tests only, so
 //! this module has cargo build ours once per test run: a test never meets a stale
@@ -25,6 +25,22 @@ pub fn nydusd() -> Result<Command> {
 /// The program does not build.
 pub fn nydus_image() -> Result<Command> {
     command("nydus-image")
+}
+
+/// A command that runs `nydus-snapshotter`.
+///
+/// # Errors
+/// The program does not build.
+pub fn nydus_snapshotter() -> Result<Command> {
+    command("nydus-snapshotter")
+}
+
+/// Where `nydusd` is.
+///
+/// # Errors
+/// The program does not build.
+pub fn nydusd_path() -> Result<PathBuf> {
+    Ok(directory()?.join("nydusd"))
 }
 
 fn command(name: &str) -> Result<Command> {
@@ -57,6 +73,8 @@ fn locate() -> Result<PathBuf> {
         "nydusd",
         "-p",
         "nydus-image",
+        "-p",
+        "snapshotter",
     ]);
     build.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     if directory.ends_with("release") {
@@ -65,7 +83,7 @@ fn locate() -> Result<PathBuf> {
     let status = build.status().context("cannot run cargo")?;
     ensure!(
         status.success(),
-        "nydusd and nydus-image do not build: {status}"
+        "nydusd, nydus-image and nydus-snapshotter do not build: {status}"
     );
     Ok(directory)
 }

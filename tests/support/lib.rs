@@ -14,6 +14,8 @@
 //! - [`tree`]: describe a directory tree, and make a nasty one
 //! - [`image`]: layers and OCI layouts from trees
 //! - [`fixtures`]: images that Nydus v2.4 wrote
+//! - [`plugin`]: `nydus-snapshotter`, asked as containerd asks it
+//! - [`containerd`], [`cri`]: Debian's containerd with it, asked as kubelet asks it
 //! - [`matrix`], [`expand`]: option sets to build with, and blobs laid out for the kernel
 //!
 //! Promises: everything that is started is owned by a value that stops it when
@@ -24,6 +26,8 @@ pub mod api;
 pub mod binaries;
 pub mod blob;
 pub mod command;
+pub mod containerd;
+pub mod cri;
 pub mod expand;
 pub mod fixtures;
 pub mod image;
@@ -32,6 +36,7 @@ pub mod mount;
 pub mod nginx;
 pub mod notify;
 pub mod object_store;
+pub mod plugin;
 pub mod process;
 pub mod proxy;
 pub mod registry;

@@ -309,7 +309,8 @@ pub fn unmount(point: &Path) -> Result<()> {
     }
 }
 
-fn detach(point: &Path) {
+/// Takes down whatever is mounted at `point`, busy or not.
+pub(crate) fn detach(point: &Path) {
     if is_mounted(point) {
         // Nothing can be reported from a destructor; the next test uses its own directory.
         let _ = umount2(point, MntFlags::MNT_DETACH);

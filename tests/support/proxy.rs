@@ -65,6 +65,9 @@ struct Rule {
     fault: Fault,
     /// How often; `None` is always.
     left: Option<u32>,
+    /// One in so many requests, and how many it has passed over.
+    every: u32,
+    passed: u32,
 }
 
 /// The first line and the headers of a request or an answer.
@@ -140,7 +143,17 @@ impl Proxy {
             path: path.to_owned(),
             fault,
             left,
+            every: 1,
+            passed: 0,
         });
+    }
+
+    /// Fails the last of every `every` requests whose path contains `path`.
+    pub fn fail_one_in(&self, every: u32, path: &str, fault: Fault) {
+        self.add(None, path, fault, None);
+        if let Some(rule) = lock(&self.state).rules.last_mut() {
+            rule.every = every;
+        }
     }
 
     /// Draws a failure for each request from now on.
@@ -228,6 +241,10 @@ fn choose(state: &Mutex<State>, head: &Head) -> Option<Fault> {
             && rule.method.is_none_or(|method| method == head.method)
             && head.target.contains(&rule.path)
     })?;
+    rule.passed = (rule.passed + 1) % rule.every.max(1);
+    if rule.passed != 0 {
+        return None;
+    }
     rule.left = rule.left.map(|left| left.saturating_sub(1));
     Some(rule.fault.clone())
 }

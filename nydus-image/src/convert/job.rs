@@ -16,7 +16,7 @@ use storage::{BlobFeatures, BlobInfo};
 
 use super::layer::{self, Converted};
 use super::plan::{Plan, SourceImage, SourceLayer};
-use super::progress::Progress;
+use super::progress::{LayerProgress, Progress};
 use super::{bootstrap, manifest};
 use crate::build::BuildOptions;
 use crate::pipeline::Engine;
@@ -26,9 +26,10 @@ pub(super) struct Job {
     pub(super) from: Images,
     pub(super) to: Images,
     pub(super) engine: Engine,
+    /// How layers are built.
     pub(super) options: BuildOptions,
-    /// Whether layers stay the data blobs, and only indexes of them are made.
-    pub(super) in_place: bool,
+    /// If layers stay the data blobs and only indexes of them are made: how.
+    pub(super) in_place: Option<BuildOptions>,
     /// Blobs of the chunk dictionary.
     pub(super) dictionary: Vec<BlobInfo>,
     pub(super) work_dir: PathBuf,
@@ -72,40 +73,17 @@ impl Job {
         number: (usize, usize),
         source: SourceLayer,
     ) -> anyhow::Result<Done> {
-        let SourceLayer {
-            descriptor,
-            diff_id,
-        } = source;
-        let progress = self
-            .progress
-            .layer(number, &descriptor.digest, descriptor.size);
-        let reader = self.from.blob_stream(&descriptor)?.into_reader();
-        let reader = progress.fetching(reader);
-        let (engine, options) = (self.engine.clone(), self.options.clone());
-        let work_dir = self.work_dir.clone();
-        let in_place = self.in_place;
-        // The layer itself, if it is needed where it is not yet.
-        let copy = match in_place && !self.to.has_blob(&descriptor).await? {
-            true => Some(Arc::new(tempfile::tempfile_in(&work_dir).with_context(
-                || format!("cannot write a temporary file in {}", work_dir.display()),
-            )?)),
-            false => None,
+        let progress =
+            self.progress
+                .layer(number, &source.descriptor.digest, source.descriptor.size);
+        let indexed = match &self.in_place {
+            Some(options) => self.index(&source, options, &progress).await?,
+            None => None,
         };
-        let (original, target) = (descriptor.clone(), copy.clone());
-        let work = tokio::task::spawn_blocking(move || {
-            let digests = (&descriptor.digest, &diff_id);
-            if in_place {
-                let files = (work_dir.as_path(), target.as_ref());
-                layer::index(&engine, reader, digests, &options, files)
-            } else {
-                layer::convert(&engine, reader, digests, &options, &work_dir)
-            }
-        });
-        let mut layer = work.await.context("the conversion crashed")??;
-        if let Some(copy) = copy {
-            self.send(&BlobSource::File(copy), &original, silent())
-                .await?;
-        }
+        let mut layer = match indexed {
+            Some(layer) => layer,
+            None => self.build(&source, &progress).await?,
+        };
         let blob = blob_layer(&layer);
         // Frees the disk space as soon as the blob is sent.
         let source = BlobSource::File(layer.file.take().context("the blob is gone")?);
@@ -117,6 +95,66 @@ impl Job {
             layer: Arc::new(layer),
             sent,
         })
+    }
+
+    /// Stores the files of a layer anew.
+    async fn build(
+        &self,
+        source: &SourceLayer,
+        progress: &LayerProgress,
+    ) -> anyhow::Result<Converted> {
+        let reader = self.from.blob_stream(&source.descriptor)?.into_reader();
+        let reader = progress.fetching(reader);
+        let (engine, options) = (self.engine.clone(), self.options.clone());
+        let (source, work_dir) = (source.clone(), self.work_dir.clone());
+        let work = tokio::task::spawn_blocking(move || {
+            let digests = (&source.descriptor.digest, &source.diff_id);
+            layer::convert(&engine, reader, digests, &options, &work_dir)
+        });
+        work.await.context("the conversion crashed")?
+    }
+
+    /// Makes an index of a layer, which stays what it is, and takes it to where it is
+    /// needed. `None` for the rare layer that cannot be used in place.
+    async fn index(
+        &self,
+        source: &SourceLayer,
+        options: &BuildOptions,
+        progress: &LayerProgress,
+    ) -> anyhow::Result<Option<Converted>> {
+        let original = &source.descriptor;
+        let reader = self.from.blob_stream(original)?.into_reader();
+        let reader = progress.fetching(reader);
+        let (engine, options) = (self.engine.clone(), options.clone());
+        let work_dir = self.work_dir.clone();
+        // The layer itself, if it is needed where it is not yet.
+        let copy = match self.to.has_blob(original).await? {
+            false => Some(Arc::new(tempfile::tempfile_in(&work_dir).with_context(
+                || format!("cannot write a temporary file in {}", work_dir.display()),
+            )?)),
+            true => None,
+        };
+        let (layer, target) = (source.clone(), copy.clone());
+        let work = tokio::task::spawn_blocking(move || {
+            let digests = (&layer.descriptor.digest, &layer.diff_id);
+            let files = (work_dir.as_path(), target.as_ref());
+            layer::index(&engine, reader, digests, &options, files)
+        });
+        let layer = match work.await.context("the conversion crashed")? {
+            Err(error) if layer::cannot_stay(&error) => {
+                let reason = error.root_cause();
+                progress.warn(&format!(
+                    "converted, because it cannot stay as it is: {reason}"
+                ));
+                return Ok(None);
+            }
+            result => result?,
+        };
+        if let Some(copy) = copy {
+            self.send(&BlobSource::File(copy), original, silent())
+                .await?;
+        }
+        Ok(Some(layer))
     }
 
     /// Sends a blob unless the target has it. Returns whether it was sent.
@@ -218,7 +256,8 @@ impl Job {
             .map(|(layer, _)| Some(Arc::clone(&layers.get(&layer.digest)?.layer)))
             .collect::<Option<Vec<_>>>()
             .context("a layer is missing")?;
-        let (packed, used) = pack(converted.clone(), self.options.clone(), &self.work_dir).await?;
+        let options = self.in_place.as_ref().unwrap_or(&self.options).clone();
+        let (packed, used) = pack(converted.clone(), options, &self.work_dir).await?;
         let borrowed = self.borrowed(&converted, &used).await?;
         let bootstrap =
             manifest::bootstrap_layer(&image.manifest, packed.digest.clone(), packed.size);

@@ -20,10 +20,11 @@ use rafs::tree::Tree;
 use storage::BlobId;
 use storage::oci::content::Verifier;
 use storage::oci::{ContentDigest, OciError, layer as stored};
+use storage::original::NotInPlace;
 
 use crate::build::{BuildError, BuildOptions, Layer, build_layer};
 use crate::pipeline::Engine;
-use crate::source::{InPlace, Source};
+use crate::source::{InPlace, Source, SourceError};
 
 /// Size of the pieces of tar between the decoder and the tar parser.
 const PIECE: usize = 256 << 10;
@@ -96,6 +97,9 @@ pub(super) fn convert(
 ///
 /// * `source`, `diff_id`: as for [`convert`].
 /// * `copy`: gets the layer as stored.
+///
+/// # Errors
+/// See [`cannot_stay`].
 pub(super) fn index(
     engine: &Engine,
     reader: impl Read + Send + 'static,
@@ -128,6 +132,10 @@ pub(super) fn index(
         Ok(built)
     });
     if let Err(error) = built {
+        if cannot_stay(&error) {
+            // The layer will be read once more, and its digest be checked then.
+            return Err(error);
+        }
         // If the stored bytes are wrong, that is the cause.
         io::copy(&mut reader.clone(), &mut io::sink()).map_err(plain)?;
         return Err(error);
@@ -136,6 +144,19 @@ pub(super) fn index(
     out.flush().with_context(in_dir)?;
     drop(out);
     converted(source, built, true, file)
+}
+
+/// Whether [`index`] failed only because the layer cannot be used in place; [`convert`]
+/// may take it.
+pub(super) fn cannot_stay(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let read = cause.downcast_ref::<io::Error>();
+        let tar = match cause.downcast_ref::<SourceError>() {
+            Some(SourceError::Tar(error)) => error.is_not_in_place(),
+            _ => false,
+        };
+        tar || read.is_some_and(NotInPlace::is_in)
+    })
 }
 
 /// What is known of a layer that was built into `file`.
@@ -404,6 +425,15 @@ mod tests {
             drop(sender);
             collect(&receiver);
         }
+    }
+
+    #[test]
+    fn only_what_another_conversion_can_take_is_tried_again() {
+        let zstd = zstd::encode_all(&b"x"[..], 1).unwrap();
+        let error = InPlace::open(io::Cursor::new(zstd)).map_err(plain);
+        assert!(cannot_stay(&error.unwrap_err().context("more words")));
+        let error = io::Error::new(io::ErrorKind::Unsupported, "something else");
+        assert!(!cannot_stay(&plain(error)));
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl Progress {
 impl LayerProgress {
     /// The layer is being fetched from now on, through the reader that is returned.
     pub(super) fn fetching<R: Read>(&self, reader: R) -> impl Read + use<R> {
+        self.bar.set_position(0);
         self.say("converting");
         self.bar.enable_steady_tick(Duration::from_millis(200));
         self.bar.wrap_read(reader)
@@ -98,6 +99,12 @@ impl LayerProgress {
         if !self.interactive {
             line(&format!("{}: {}, {what}", self.name, HumanBytes(size)));
         }
+    }
+
+    /// Says something about the layer that should not be overlooked.
+    pub(super) fn warn(&self, what: &str) {
+        // Bars would overwrite a line of somebody else.
+        self.bar.suspend(|| tracing::warn!("{}: {what}", self.name));
     }
 
     fn say(&self, what: &'static str) {

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use storage::codec::DEFAULT_ZSTD_LEVEL;
 use storage::{Compressor, Digester};
 
 use crate::cli::{parse_size, path_or_empty};
@@ -98,7 +99,8 @@ pub struct Args {
     #[arg(short = 'D', long, value_name = "blob-dir", help_heading = "Output")]
     pub blob_dir: Option<PathBuf>,
 
-    /// Directory for files of a blob cache; not supported
+    /// Existing directory for cache files instead of a blob: ID.blob.data and ID.blob.meta,
+    /// as a daemon has them once everything was read
     #[arg(long, value_name = "blob-cache-dir", help_heading = "Output")]
     pub blob_cache_dir: Option<PathBuf>,
 
@@ -154,6 +156,16 @@ pub struct Args {
     /// How chunks are compressed: none, lz4_block or zstd [default: zstd]
     #[arg(long, value_name = "compressor", help_heading = "Format")]
     pub compressor: Option<Compressor>,
+
+    /// How hard zstd tries: 1 is fastest, 19 smallest
+    #[arg(
+        long,
+        value_name = "level",
+        default_value_t = DEFAULT_ZSTD_LEVEL,
+        value_parser = clap::value_parser!(i32).range(1..=19),
+        help_heading = "Format"
+    )]
+    pub compression_level: i32,
 
     /// How chunks are identified and verified: blake3 or sha256
     #[arg(

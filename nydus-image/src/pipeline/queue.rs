@@ -4,7 +4,9 @@
 //! workers compress batches. Entries leave at the front, once their bytes are there.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, TryRecvError};
@@ -105,6 +107,11 @@ impl<'a, W: Write> Queue<'a, W> {
                     }
                 };
                 self.chunk(data, position, records)?;
+                if let Some(plain) = &self.layer.plain {
+                    let bytes = raw.bytes(&item.buffer.input, &self.layer.zeros);
+                    let at = records[len(position)].uncompressed_offset;
+                    write_plain(plain, bytes, at)?;
+                }
             }
             Pending::Late { bytes, position } => {
                 self.chunk(ChunkData::Compressed(&bytes), position, records)?;
@@ -161,6 +168,14 @@ impl<'a, W: Write> Queue<'a, W> {
         complete(record, &stored);
         Ok(())
     }
+}
+
+/// Writes a chunk to a file that is made of holes already.
+fn write_plain(file: &File, bytes: &[u8], at: u64) -> Result<(), StoreError> {
+    if bytes.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    file.write_all_at(bytes, at).map_err(StoreError::Plain)
 }
 
 /// Enters where a chunk went. Its index is its position, known from the start.

@@ -58,6 +58,9 @@ pub enum StoreError {
     /// The blob could not be written.
     #[error("cannot write the blob")]
     Write(#[source] WriteError),
+    /// The uncompressed data could not be written.
+    #[error("cannot write the uncompressed data")]
+    Plain(#[source] std::io::Error),
     /// A worker thread died, which is a bug; its panic message says more.
     #[error("a worker thread has died")]
     WorkerLost,
@@ -225,7 +228,7 @@ impl<W: Write> Sequencer<'_, W> {
         let mut bytes = Vec::new();
         let data = self
             .compression
-            .append(self.layer.compressor, raw, &mut bytes)
+            .append(self.layer.encoding, raw, &mut bytes)
             .map_err(StoreError::Compress)?;
         Ok(match data {
             Data::Compressed(_) => Pending::Late { bytes, position },
@@ -265,7 +268,7 @@ impl<W: Write> Sequencer<'_, W> {
         let entry = Pending::Batch {
             position: self.batch_start,
             count: batch.chunk_count(),
-            sealed: self.workers.seal(batch, self.layer.compressor),
+            sealed: self.workers.seal(batch, self.layer.encoding),
         };
         self.queue.push(entry, &mut self.stored.chunks)
     }

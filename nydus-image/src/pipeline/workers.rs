@@ -4,13 +4,14 @@
 //! works. Which worker takes which item does not influence the result.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender};
 use storage::blob_writer::{Batch, SealedBatch};
-use storage::codec::{CodecError, Encoder};
-use storage::{Compressor, Digest, Digester};
+use storage::codec::{CodecError, Encoder, Encoding};
+use storage::{Digest, Digester};
 
 use super::dedup::Dedup;
 use super::item::{Data, Digested, Item, RawChunk};
@@ -27,11 +28,13 @@ pub struct Workers {
 /// What the workers need to know about a layer.
 #[derive(Debug)]
 pub(crate) struct LayerContext {
-    pub(crate) compressor: Compressor,
+    pub(crate) encoding: Encoding,
     pub(crate) digester: Digester,
     pub(crate) dedup: Dedup,
     /// Chunks of other images, which need not be stored.
     pub(crate) known: Arc<Known>,
+    /// Gets every chunk that is stored, at its place in the uncompressed address space.
+    pub(crate) plain: Option<Arc<File>>,
     /// One chunk of zeros: the content of holes.
     pub(crate) zeros: Vec<u8>,
     /// Digest and checksum of zeros by length, so that a large hole is hashed once.
@@ -46,7 +49,7 @@ enum Job {
     /// Compress a batch.
     Seal {
         batch: Batch,
-        compressor: Compressor,
+        encoding: Encoding,
         sealed: Sender<Result<SealedBatch, CodecError>>,
     },
 }
@@ -96,12 +99,12 @@ impl Workers {
     pub(crate) fn seal(
         &self,
         batch: Batch,
-        compressor: Compressor,
+        encoding: Encoding,
     ) -> Receiver<Result<SealedBatch, CodecError>> {
         let (sealed, result) = crossbeam_channel::bounded(1);
         self.send(Job::Seal {
             batch,
-            compressor,
+            encoding,
             sealed,
         });
         result
@@ -127,16 +130,18 @@ impl Drop for Workers {
 
 impl LayerContext {
     pub(crate) fn new(
-        compressor: Compressor,
+        encoding: Encoding,
         digester: Digester,
         chunk_size: usize,
         known: Arc<Known>,
+        plain: Option<Arc<File>>,
     ) -> Self {
         Self {
-            compressor,
+            encoding,
             digester,
             dedup: Dedup::default(),
             known,
+            plain,
             zeros: vec![0; chunk_size],
             hole_digests: Mutex::default(),
         }
@@ -155,7 +160,7 @@ impl LayerContext {
     }
 }
 
-/// The encoders of a thread, kept between items: one per algorithm in use.
+/// The encoders of a thread, kept between items: one per algorithm and level in use.
 #[derive(Default)]
 pub(crate) struct Compression {
     encoders: Vec<Encoder>,
@@ -165,12 +170,12 @@ impl Compression {
     /// Appends the compressed form of `bytes` to `output`, if it is smaller.
     pub(crate) fn append(
         &mut self,
-        compressor: Compressor,
+        encoding: Encoding,
         bytes: &[u8],
         output: &mut Vec<u8>,
     ) -> Result<Data, CodecError> {
         let start = output.len();
-        let shrunk = self.encoder(compressor)?.compress(bytes, output)?;
+        let shrunk = self.encoder(encoding)?.compress(bytes, output)?;
         Ok(if shrunk {
             Data::Compressed(start..output.len())
         } else {
@@ -178,15 +183,15 @@ impl Compression {
         })
     }
 
-    fn encoder(&mut self, compressor: Compressor) -> Result<&mut Encoder, CodecError> {
+    fn encoder(&mut self, encoding: Encoding) -> Result<&mut Encoder, CodecError> {
         let known = self
             .encoders
             .iter()
-            .position(|encoder| encoder.compressor() == compressor);
+            .position(|encoder| encoder.encoding() == encoding);
         let index = match known {
             Some(index) => index,
             None => {
-                self.encoders.push(Encoder::new(compressor)?);
+                self.encoders.push(Encoder::new(encoding)?);
                 self.encoders.len() - 1
             }
         };
@@ -214,11 +219,11 @@ fn work(queue: &Receiver<Job>) {
             }
             Job::Seal {
                 batch,
-                compressor,
+                encoding,
                 sealed,
             } => {
                 let result = compression
-                    .encoder(compressor)
+                    .encoder(encoding)
                     .and_then(|encoder| batch.seal(encoder));
                 let _ = sealed.send(result);
             }
@@ -242,7 +247,7 @@ fn process(
             } else if layer.known.find(&digest, chunk.len).is_some() {
                 Data::Claimed
             } else if layer.dedup.claim(&digest) {
-                compression.append(layer.compressor, bytes, &mut memory.output)?
+                compression.append(layer.encoding, bytes, &mut memory.output)?
             } else {
                 Data::Claimed
             };

@@ -80,6 +80,7 @@ impl Builder<'_> {
         entry.path = path;
         result.map_err(|problem| match problem {
             Problem::Refused(what) => archive.refuse(&entry, what).into(),
+            Problem::NotInPlace(what) => archive.not_in_place(&entry, what).into(),
             Problem::Source(error) => error,
         })
     }
@@ -206,9 +207,9 @@ impl Builder<'_> {
                     .sum::<u64>()
                     < entry.size =>
             {
-                return refused(
-                    "a file with holes cannot be used in place; convert the layer instead",
-                );
+                // The format knows no holes, and what lies between them is not one piece.
+                let what = "a file with holes cannot be used in place; convert the layer instead";
+                return Err(Problem::NotInPlace(what.to_owned()));
             }
             Some(layer) => feeder.file_in_place(entry.size, |buf| archive.read_chunk(layer, buf)),
         };
@@ -270,6 +271,8 @@ fn implied_root() -> Tree {
 enum Problem {
     /// The entry itself is the reason.
     Refused(String),
+    /// The entry is fine, but has to be stored anew.
+    NotInPlace(String),
     Source(SourceError),
 }
 

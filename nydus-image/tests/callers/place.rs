@@ -179,12 +179,14 @@ impl Place {
         let blob = drain.map_or_else(Vec::new, |fifo| read_to_exit(fifo, &mut child));
         let output = child.wait_with_output().unwrap();
         if let (Some((_, fifo)), Some(feeder)) = (call.feed, feeder) {
-            // Lets a feeder go that nobody opened the other end for.
-            let mut options = File::options();
-            let end = options.read(true).custom_flags(O_NONBLOCK);
-            let end = end.open(self.path(fifo)).unwrap();
-            thread::sleep(Duration::from_millis(1));
-            drop(end);
+            // Lets a feeder go that nobody opened the other end for, whenever it comes.
+            while !feeder.is_finished() {
+                let mut options = File::options();
+                let end = options.read(true).custom_flags(O_NONBLOCK);
+                let end = end.open(self.path(fifo)).unwrap();
+                thread::sleep(Duration::from_millis(1));
+                drop(end);
+            }
             feeder.join().unwrap();
         }
         Run {

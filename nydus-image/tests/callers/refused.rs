@@ -65,10 +65,6 @@ fn features_of_layers() {
                 .to_owned(),
             "estargztoc-ref",
         ),
-        (
-            "create -t targz-ref --bootstrap b --blob-cache-dir blobs layer.tar.gz".to_owned(),
-            "--blob-cache-dir",
-        ),
     ] {
         refused(&place, 1, &line, &[word, "not supported"]);
     }

@@ -115,6 +115,10 @@ fn inspect() {
     assert_eq!(stats, serde_json::json!({"inodes_count": 7}));
     let prefetch = place.run("inspect boot -R prefetch").ok("prefetch").stdout;
     assert_eq!(prefetch, "[]");
+    for request in ["q", "exit", "'cd usr'"] {
+        let run = place.run(&format!("inspect boot -R {request}")).ok(request);
+        assert_eq!(run.stdout, "null", "{request}");
+    }
     for request in ["bogus", "'chunk x'", "'stat'"] {
         let run = place.run(&format!("inspect boot -R {request}"));
         assert_eq!(run.code, 1, "{request}");
@@ -140,6 +144,7 @@ fn smoke_tests() {
             .ok(&line);
         let title = "RAFS filesystem metadata is valid, referenced data blobs: \n";
         assert!(run.stdout.contains(title), "{}", run.stdout);
+        assert!(run.stdout.starts_with(title), "{}", run.stdout);
         let short = place.run(&format!("check {kind}.boot")).ok(&line).stdout;
         assert!(short.starts_with(title), "{short}");
         assert!(run.stdout.contains("/usr/bin/tool") && run.stderr.is_empty());
@@ -148,6 +153,39 @@ fn smoke_tests() {
     place
         .run("check --log-level error --bootstrap ref.boot -v")
         .ok("targz-ref");
+}
+
+/// The smoke test of cache files: two for every blob, under the names of a daemon.
+#[test]
+fn blob_cache() {
+    let place = Place::new();
+    for (kind, source) in [
+        ("targz-ref", "layer.tar.gz"),
+        ("targz-ref", "layer.tar"),
+        ("tar-rafs", "layer.tar"),
+        ("dir-rafs", "rootfs"),
+    ] {
+        fs::create_dir(place.path("cache")).unwrap();
+        place.quiet(&format!(
+            "create -t {kind} --bootstrap c.boot --blob-cache-dir cache -J c.json {source}"
+        ));
+        let report = place.json("c.json");
+        let id = report["blobs"][0].as_str().unwrap();
+        let names = [format!("{id}.blob.data"), format!("{id}.blob.meta")];
+        assert_eq!(place.names("cache"), names, "{kind}");
+        let compressor = if kind == "targz-ref" { "gzip" } else { "none" };
+        assert_eq!(report["compressor"], compressor);
+        let line = "check c.boot";
+        let size = fs::metadata(place.path("cache").join(&names[0]))
+            .unwrap()
+            .len();
+        let listed = place.run(line).ok(line).stdout;
+        assert!(
+            listed.contains(&format!("uncompressed size {size},")),
+            "{listed}"
+        );
+        fs::remove_dir_all(place.path("cache")).unwrap();
+    }
 }
 
 /// The converter's own merge after `inspect`, without standard input to read.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use storage::backend::http_proxy::{Address, HttpProxyConfig};
 use storage::backend::registry::{ClientCertificate, Mirror, RetryLimits, Scheme, Timeouts};
+use storage::gate::Limits;
 
 use super::section::Section;
 use super::{Backend, ConfigError, Login, Registry};
@@ -16,9 +17,13 @@ mod object;
 /// Longest time-out that makes sense, in seconds: a day.
 const MAX_SECONDS: u64 = 86_400;
 
-/// Every back end that there is; `localdisk` is known and not there.
+/// Most requests at a time that may be configured.
+const MAX_REQUESTS: u64 = 65_536;
+
+/// Every back end that there is.
 pub(super) const KINDS: &[&str] = &[
     "localfs",
+    "localdisk",
     "registry",
     "oss",
     "s3",
@@ -35,6 +40,7 @@ pub(super) fn read(
 ) -> Result<Backend, ConfigError> {
     match kind {
         "localfs" => local(section),
+        "localdisk" => local_disk(section),
         "registry" => registry(section).map(Backend::Registry),
         "oss" | "s3" | "azure" | "gcs" => object::read(kind, section).map(Backend::Object),
         "http-proxy" => http_proxy(section).map(Backend::HttpProxy),
@@ -42,19 +48,12 @@ pub(super) fn read(
     }
 }
 
-/// The error for a back end that is unknown, or known and not there yet.
+/// The error for a back end that is unknown.
 pub(super) fn unsupported(kind: &str, type_key: &str) -> ConfigError {
-    if kind == "localdisk" {
-        return ConfigError::Unsupported {
-            key: type_key.to_owned(),
-            feature: "the local disk back end",
-            hint: "mount the disk and use `localfs`",
-        };
-    }
     ConfigError::Wrong {
         key: type_key.to_owned(),
         value: format!("\"{}\"", kind.escape_debug()),
-        allowed: "\"localfs\", \"registry\", \"oss\", \"s3\", \"azure\", \"gcs\" or \"http-proxy\""
+        allowed: "\"localfs\", \"localdisk\", \"registry\", \"oss\", \"s3\", \"azure\", \"gcs\" or \"http-proxy\""
             .to_owned(),
     }
 }
@@ -68,6 +67,13 @@ fn local(section: &mut Section<'_>) -> Result<Backend, ConfigError> {
     let mut dirs = vec![PathBuf::from(section.required_text("dir")?)];
     dirs.extend(section.texts("alt_dirs")?.into_iter().map(PathBuf::from));
     Ok(Backend::LocalFs(dirs))
+}
+
+fn local_disk(section: &mut Section<'_>) -> Result<Backend, ConfigError> {
+    Ok(Backend::LocalDisk {
+        path: section.required_text("device_path")?.into(),
+        with_table: !section.flag("disable_gpt", false)?,
+    })
 }
 
 fn http_proxy(section: &mut Section<'_>) -> Result<HttpProxyConfig, ConfigError> {
@@ -90,6 +96,28 @@ fn http_proxy(section: &mut Section<'_>) -> Result<HttpProxyConfig, ConfigError>
     (config.timeouts, config.retry) = (network.timeouts, network.retry);
     (config.ca_files, config.skip_verify) = (network.ca_files, network.skip_verify);
     Ok(config)
+}
+
+/// What the server is asked for at a time, if the settings say anything about it.
+pub(super) fn limits(section: &mut Section<'_>) -> Result<Option<Limits>, ConfigError> {
+    let usual = Limits::default();
+    let count = |count: u64, usual: usize| match count {
+        0 => usual,
+        // Never fails: it is in range.
+        count => usize::try_from(count).unwrap_or(usual),
+    };
+    let limits = Limits {
+        requests: count(
+            section.number("max_requests", 0, 0..=MAX_REQUESTS)?,
+            usual.requests,
+        ),
+        ahead: count(
+            section.number("max_background_requests", 0, 0..=MAX_REQUESTS)?,
+            usual.ahead,
+        ),
+        bandwidth: section.number("bandwidth_limit", 0, 0..=u64::MAX)?,
+    };
+    Ok((limits != usual).then_some(limits))
 }
 
 /// What all back ends behind a network have in common.

@@ -11,6 +11,7 @@ impl Backend {
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::LocalFs(_) | Self::BlobFile(_) => "localfs",
+            Self::LocalDisk { .. } => "localdisk",
             Self::Registry(_) => "registry",
             Self::HttpProxy(_) => "http-proxy",
             Self::Object(bucket) => match bucket.store {
@@ -29,6 +30,10 @@ impl Backend {
                 json!({ "dir": dirs.next(), "alt_dirs": dirs.collect::<Vec<_>>() })
             }
             Self::BlobFile(file) => json!({ "blob_file": file.display().to_string() }),
+            Self::LocalDisk { path, with_table } => json!({
+                "device_path": path.display().to_string(),
+                "disable_gpt": !with_table,
+            }),
             // An address may contain a password; what can be one is not shown.
             Self::HttpProxy(server) => match &server.address {
                 Address::Socket(path) => json!({ "addr": path.display().to_string() }),

@@ -261,7 +261,7 @@ fn what_is_refused_and_why() {
             LOCAL,
             r#""type":"localfs""#,
             r#""type":"localdisk""#,
-            &["`backend.type`", "local disk", "not supported"],
+            &["`backend.localdisk` is missing"],
         ),
         (
             LOCAL,
@@ -445,6 +445,25 @@ fn a_proxy_with_fallback_is_by_passed_aloud() {
 }
 
 #[test]
+fn a_stream_that_will_not_be_fetched_is_said() {
+    let v2 = LOCAL.replacen(
+        r#""prefetch":{"enable":false}"#,
+        r#""prefetch":{"enable":true,"stream_prefetch":true}"#,
+        1,
+    );
+    let v1 = V1.replacen(
+        r#""prefetch_all": true"#,
+        r#""prefetch_all": true, "stream_prefetch": true"#,
+        1,
+    );
+    for text in [v1, v2] {
+        let config = Config::parse(&text).unwrap();
+        let warned = |text: &String| text.contains("stream_prefetch: no effect");
+        assert!(config.warnings.iter().any(warned), "{:?}", config.warnings);
+    }
+}
+
+#[test]
 fn an_endless_file_is_refused() {
     // Never ends, so it has to be cut off.
     assert!(Config::load(Path::new("/dev/zero")).is_err());
@@ -501,4 +520,45 @@ fn limits_of_the_cache() {
         let error = Config::parse(&with(wrong)).unwrap_err().to_string();
         assert!(error.contains("cache.filecache."), "{error}");
     }
+}
+
+#[test]
+fn limits_of_the_server() {
+    assert_eq!(Config::parse(V2).unwrap().limits, None);
+    assert_eq!(Config::parse(V1).unwrap().limits, None);
+    let keys = "timeout = 7\nmax_requests = 16\nbandwidth_limit = 1000000";
+    let set = Config::parse(&V2.replace("timeout = 7", keys)).unwrap();
+    assert_eq!(set.warnings, Vec::<String>::new());
+    let expected = gate::Limits {
+        requests: 16,
+        bandwidth: 1_000_000,
+        ..gate::Limits::default()
+    };
+    assert_eq!(set.limits, Some(expected));
+    let wrong = V2.replace("timeout = 7", "max_background_requests = -1");
+    let error = Config::parse(&wrong).unwrap_err().to_string();
+    assert!(error.contains("backend.registry.max_background"), "{error}");
+}
+
+#[test]
+fn a_disk_with_blobs() {
+    let with = |settings: &str| {
+        let local =
+            r#""type":"localfs","localfs":{"dir":"/blobs","alt_dirs":["/more"],"readahead":true}"#;
+        LOCAL.replace(
+            local,
+            &format!(r#""type":"localdisk","localdisk":{{{settings}}}"#),
+        )
+    };
+    let read = |settings: &str| Config::parse(&with(settings)).map(|config| config.backend);
+    let expected = |with_table| Backend::LocalDisk {
+        path: "/dev/sdx".into(),
+        with_table,
+    };
+    let path = r#""device_path":"/dev/sdx""#;
+    assert_eq!(read(path).unwrap(), expected(true));
+    let whole = format!(r#"{path},"disable_gpt":true"#);
+    assert_eq!(read(&whole).unwrap(), expected(false));
+    let error = read("").unwrap_err().to_string();
+    assert!(error.contains("backend.localdisk.device_path"), "{error}");
 }

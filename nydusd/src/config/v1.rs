@@ -17,6 +17,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     let kind = section.required_text("type")?;
     let mut settings = section.required_section("config")?;
     let backend = backend::read(kind, &type_key, &mut settings)?;
+    let limits = backend::limits(&mut settings)?;
     section.close(settings);
     device.close(section);
 
@@ -44,6 +45,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     Ok(Config {
         id,
         backend,
+        limits,
         cache,
         prefetch,
         driver,
@@ -85,7 +87,9 @@ fn prefetch(root: &mut Section<'_>) -> Result<Option<Prefetch>, ConfigError> {
         bandwidth: table.number("bandwidth_rate", 0, 0..=u64::from(u32::MAX))?,
         all: table.flag("prefetch_all", true)?,
     };
-    table.flag("stream_prefetch", false)?;
+    if table.flag("stream_prefetch", false)? {
+        table.warn("stream_prefetch", "no effect, the usual prefetch is done");
+    }
     root.close(table);
     Ok(enabled.then_some(prefetch))
 }

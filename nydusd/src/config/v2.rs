@@ -1,5 +1,7 @@
 //! Configuration version 2, JSON or TOML: sections `backend`, `cache`, `rafs`.
 
+use storage::gate;
+
 use super::section::Section;
 use super::{Cache, Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache};
 
@@ -12,7 +14,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     let id = root.text("id")?.unwrap_or_default().to_owned();
 
     let mut section = root.required_section("backend")?;
-    let backend = read_backend(&mut section)?;
+    let (backend, limits) = read_backend(&mut section)?;
     root.close(section);
 
     if root.has_content("external_backends") {
@@ -52,6 +54,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     Ok(Config {
         id,
         backend,
+        limits,
         cache,
         prefetch: of_rafs.or(of_cache),
         driver,
@@ -59,20 +62,22 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     })
 }
 
-fn read_backend(section: &mut Section<'_>) -> Result<super::Backend, ConfigError> {
+fn read_backend(
+    section: &mut Section<'_>,
+) -> Result<(super::Backend, Option<gate::Limits>), ConfigError> {
     let type_key = section.path_of("type");
     let kind = section.required_text("type")?;
     // Settings of back ends that are not chosen are nobody's business.
     section.ignore(backend::KINDS);
-    section.ignore(&["localdisk"]);
     let key = backend::KINDS
         .iter()
         .find(|known| **known == kind)
         .ok_or_else(|| backend::unsupported(kind, &type_key))?;
     let mut settings = section.required_section(key)?;
     let backend = backend::read(kind, &type_key, &mut settings)?;
+    let limits = backend::limits(&mut settings)?;
     section.close(settings);
-    Ok(backend)
+    Ok((backend, limits))
 }
 
 fn rafs(section: &mut Section<'_>) -> Result<Option<Prefetch>, ConfigError> {
@@ -109,7 +114,9 @@ fn prefetch(section: &mut Section<'_>) -> Result<Option<Prefetch>, ConfigError> 
         bandwidth: table.number("bandwidth_limit", 0, 0..=u64::from(u32::MAX))?,
         all: table.flag("prefetch_all", false)?,
     };
-    table.flag("stream_prefetch", false)?;
+    if table.flag("stream_prefetch", false)? {
+        table.warn("stream_prefetch", "no effect, the usual prefetch is done");
+    }
     section.close(table);
     Ok(enabled.then_some(prefetch))
 }

@@ -14,7 +14,7 @@
 //! A handed-over request is its raw bytes. A fetch thread first makes its data
 //! resident, holding nothing but its stack, and only then borrows one of a few
 //! reply buffers to answer like a front thread does. So memory does not grow with
-//! the number of reads that wait.
+//! the number of reads that wait. Readers that are killed meanwhile: `interrupts.rs`.
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
@@ -31,6 +31,7 @@ use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::interrupts::{Interrupted, PERIOD, Waiting};
 use super::session::{BUFFER_SIZE, Session};
 
 /// Most threads that wait for the network at once.
@@ -77,6 +78,8 @@ struct Shared<F: FileSystem + Send + Sync> {
     files: Arc<F>,
     fetches: Mutex<Fetches>,
     work: Condvar,
+    /// Reads that were handed over and not answered.
+    waiting: Waiting,
     /// Buffers for the replies of fetch threads.
     replies: [Mutex<Vec<u8>>; REPLY_BUFFERS],
     /// Whose turn it is.
@@ -117,6 +120,7 @@ impl Workers {
             files: Arc::clone(files),
             fetches: Mutex::default(),
             work: Condvar::new(),
+            waiting: Waiting::default(),
             replies: Default::default(),
             next_reply: AtomicUsize::new(0),
         });
@@ -173,8 +177,11 @@ where
             let Some(message) = request.get_mut(..len) else {
                 break;
             };
-            if self.would_wait(message) {
+            if let Some(read) = self.would_wait(message) {
+                self.waiting.insert(read.unique, read.pid);
                 self.hand_over(message.to_vec());
+            } else if let Some(interrupt) = as_interrupt(message) {
+                self.interrupt(&interrupt);
             } else {
                 self.answer(message, &mut reply);
                 self.session.begin();
@@ -185,10 +192,37 @@ where
         self.work.notify_all();
     }
 
-    /// Whether answering `message` means waiting for the network.
-    fn would_wait(&self, message: &[u8]) -> bool {
-        as_read(message)
-            .is_some_and(|read| !self.files.is_resident(read.nodeid, read.offset, read.size))
+    /// The read that `message` is, if answering it means waiting for the network.
+    fn would_wait(&self, message: &[u8]) -> Option<ReadRequest> {
+        as_read(message).filter(|read| !self.files.is_resident(read.nodeid, read.offset, read.size))
+    }
+
+    /// Sees to it that a reader which is killed need not wait for its data.
+    fn interrupt(self: &Arc<Self>, interrupt: &InterruptRequest) {
+        match self.waiting.interrupt(interrupt.target) {
+            Interrupted::Watched => {}
+            Interrupted::Watch => {
+                let shared = Arc::clone(self);
+                if let Err(err) = spawn("fuse-watch".to_owned(), move || shared.watch()) {
+                    self.waiting.unwatched();
+                    tracing::warn!("{err:#}; readers that are killed wait for their data");
+                }
+            }
+            // Another thread may be about to hand the read over. If it has been
+            // answered instead, the kernel drops this.
+            Interrupted::Unknown => self.refuse(interrupt.unique, libc::EAGAIN),
+        }
+    }
+
+    /// Body of the thread that lets the dying go; there is one while readers that
+    /// got a signal wait.
+    fn watch(self: Arc<Self>) {
+        while let Some(dying) = self.waiting.dying() {
+            for unique in dying {
+                self.refuse(unique, libc::EINTR);
+            }
+            std::thread::sleep(PERIOD);
+        }
     }
 
     /// Answers one request. Failures to reply concern a requester that is gone.
@@ -233,6 +267,17 @@ where
             let Some(read) = as_read(&message) else {
                 continue;
             };
+            if !self.waiting.contains(read.unique) {
+                continue;
+            }
+            let span = tracing::info_span!(
+                "read",
+                req = read.unique,
+                ino = read.nodeid,
+                offset = read.offset,
+                size = read.size,
+                pid = read.pid,
+            );
             let wanted = Wanted {
                 unique: read.unique,
                 pid: read.pid,
@@ -240,7 +285,11 @@ where
                 offset: read.offset,
                 size: read.size,
             };
-            match self.files.make_resident(&wanted) {
+            let result = span.in_scope(|| self.files.make_resident(&wanted));
+            if !self.waiting.take(read.unique) {
+                continue;
+            }
+            match result {
                 Ok(()) => {
                     let turn = self.next_reply.fetch_add(1, Ordering::Relaxed) % REPLY_BUFFERS;
                     let Some(buffer) = self.replies.get(turn) else {
@@ -250,7 +299,7 @@ where
                     reply.resize(BUFFER_SIZE, 0);
                     self.answer(&mut message, &mut reply);
                 }
-                Err(err) => self.refuse(&read, &err),
+                Err(err) => self.refuse(read.unique, err.raw_os_error().unwrap_or(libc::EIO)),
             }
         }
         if self.lock().threads == 0 {
@@ -271,12 +320,12 @@ where
         }
     }
 
-    /// Answers a read with an error.
-    fn refuse(&self, read: &ReadRequest, err: &io::Error) {
+    /// Answers a request with an error number.
+    fn refuse(&self, unique: u64, error: i32) {
         let refusal = ErrorReply {
             len: ErrorReply::LEN,
-            error: err.raw_os_error().unwrap_or(libc::EIO).saturating_neg(),
-            unique: read.unique,
+            error: error.saturating_neg(),
+            unique,
         };
         let mut device = self.session.device();
         if let Err(err) = device.write(refusal.as_bytes()) {
@@ -334,6 +383,23 @@ struct ReadRequest {
     read_flags: u32,
 }
 
+/// An INTERRUPT as the kernel sends it (`struct fuse_in_header`, then
+/// `struct fuse_interrupt_in`), in the machine's byte order.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct InterruptRequest {
+    len: u32,
+    opcode: u32,
+    unique: u64,
+    nodeid: u64,
+    uid: u32,
+    gid: u32,
+    pid: u32,
+    padding: u32,
+    /// The request whose reader got a signal.
+    target: u64,
+}
+
 /// An answer that is only an error (`struct fuse_out_header`).
 #[derive(Clone, Copy, Debug, IntoBytes, Immutable)]
 #[repr(C)]
@@ -353,6 +419,12 @@ const _: () = assert!(size_of::<ErrorReply>() == 16, "ErrorReply::LEN");
 fn as_read(message: &[u8]) -> Option<ReadRequest> {
     let (request, _) = ReadRequest::read_from_prefix(message).ok()?;
     (request.opcode == Opcode::Read as u32).then_some(request)
+}
+
+/// `message` as an INTERRUPT; `None` for every other request.
+fn as_interrupt(message: &[u8]) -> Option<InterruptRequest> {
+    let (request, _) = InterruptRequest::read_from_prefix(message).ok()?;
+    (request.opcode == Opcode::Interrupt as u32).then_some(request)
 }
 
 #[cfg(test)]

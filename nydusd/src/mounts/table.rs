@@ -146,7 +146,7 @@ impl Mounts {
         wish: Wish,
     ) -> anyhow::Result<Arc<Mount>> {
         let mountpoint = check_mountpoint(mountpoint)?;
-        let opened = open(source)?;
+        let opened = open(source, self.manager.shared())?;
         // Nothing must be built on a mount that reads zeros.
         place::sweep(opened.cache.path())?;
         let plan = Plan {
@@ -475,7 +475,7 @@ impl Mounts {
         // The very file, whatever is in its place by now.
         source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
         source.name.clone_from(&saved.image);
-        let opened = open(&source)?;
+        let opened = open(&source, self.manager.shared())?;
         let lock = next()?;
         let end = EndWatch::adopt(next()?.into());
         for blob in &opened.blobs {

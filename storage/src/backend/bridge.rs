@@ -10,9 +10,11 @@ use bytes::Bytes;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tracing::Instrument as _;
 
-use super::{BackendError, Fetch, Sink, Stop};
+use super::{BackendError, Fetch, ServedBy, Sink, Stop};
 use crate::codec::as_u64;
+use crate::sync::Arc;
 
 /// Pieces of a body that wait for the receiver. Each is what one read of the socket
 /// gave, some ten KiB.
@@ -22,7 +24,37 @@ const QUEUE: usize = 16;
 const TICK: Duration = Duration::from_millis(100);
 
 /// Where a transfer puts its bytes; the last message may be the error.
-pub(super) type Output = mpsc::Sender<Result<Bytes, BackendError>>;
+#[derive(Clone, Debug)]
+pub(super) struct Output {
+    messages: Sender,
+    served_by: Arc<ServedBy>,
+}
+
+pub(super) type Sender = mpsc::Sender<Result<Bytes, BackendError>>;
+
+impl Output {
+    pub(super) fn new(messages: Sender) -> Self {
+        Self {
+            messages,
+            served_by: Arc::default(),
+        }
+    }
+
+    /// Passes a message on; an error if nobody is there.
+    pub(super) async fn send(&self, message: Result<Bytes, BackendError>) -> Result<(), Stop> {
+        self.messages.send(message).await.map_err(|_gone| Stop)
+    }
+
+    /// Notes where the bytes that follow come from.
+    pub(super) fn comes_from(&self, host: &str) {
+        self.served_by.set(host);
+    }
+
+    /// What was noted.
+    pub(super) fn served_by(&self) -> &Arc<ServedBy> {
+        &self.served_by
+    }
+}
 
 /// The task ended without a result, which only a panic or a shutdown can do.
 pub(super) struct Vanished;
@@ -38,7 +70,10 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     let (sender, mut receiver) = mpsc::channel(QUEUE);
-    let task = runtime.spawn(transfer(sender));
+    let out = Output::new(sender);
+    let served_by = Arc::clone(out.served_by());
+    // What is logged on the way belongs to the request of the caller.
+    let task = runtime.spawn(transfer(out).instrument(tracing::Span::current()));
     let mut missing = request.range.end.saturating_sub(request.range.start);
     let result = loop {
         // Not `blocking_recv`, which could not be left while a server is silent.
@@ -63,6 +98,9 @@ where
     };
     // Whatever it is waiting for, nobody else does.
     task.abort();
+    if let Some(wanted) = request.served_by {
+        wanted.set(&served_by.host());
+    }
     result
 }
 

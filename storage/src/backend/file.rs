@@ -65,6 +65,7 @@ mod tests {
                     blob: &blob,
                     range,
                     priority: Priority::OnDemand,
+                    served_by: None,
                 };
                 fetch_to_vec(&backend, &request, 100)
             };

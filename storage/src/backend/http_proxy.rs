@@ -20,6 +20,7 @@ use url::Url;
 
 use super::bridge::Output;
 use super::registry::answer::{self, Body, public_name, status_error, timed_out, transport};
+use super::registry::hedge::{Latency, Route};
 use super::registry::retry::{Attempts, Failure};
 use super::registry::transfer::{Source, stream, transfer};
 use super::registry::{RetryLimits, Timeouts};
@@ -88,9 +89,12 @@ struct Client {
     http: reqwest::Client,
     /// Ends with a slash.
     base: Url,
+    /// See [`Backend::place`].
+    place: String,
     timeouts: Timeouts,
     retry: RetryLimits,
-    metrics: Metrics,
+    metrics: Arc<Metrics>,
+    latency: Latency,
 }
 
 impl HttpProxyBackend {
@@ -100,14 +104,31 @@ impl HttpProxyBackend {
     /// [`BackendError::Config`] for an address that is none, and for certificates
     /// that cannot be read.
     pub fn new(config: HttpProxyConfig) -> Result<Self, BackendError> {
+        Self::with_metrics(config, Arc::default())
+    }
+
+    /// The same, counting in `metrics`.
+    ///
+    /// # Errors
+    /// As for [`HttpProxyBackend::new`].
+    pub fn with_metrics(
+        config: HttpProxyConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BackendError> {
         // An error means that the process has a provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        let base = base_url(&config.address)?;
         let client = Client {
             http: http_client(&config)?,
-            base: base_url(&config.address)?,
+            place: match &config.address {
+                Address::Socket(path) => format!("unix:{}", path.display()),
+                Address::Url(_) => base.origin().ascii_serialization(),
+            },
+            base,
             timeouts: config.timeouts,
             retry: config.retry,
-            metrics: Metrics::default(),
+            metrics,
+            latency: Latency::default(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -139,11 +160,15 @@ impl Drop for HttpProxyBackend {
 impl Backend for HttpProxyBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
-        let range = request.range.clone();
+        let (range, priority) = (request.range.clone(), request.priority);
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer(&*client, &blob, range, out).await;
+            transfer(&*client, &blob, range, priority, out).await;
         })
         .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished()))
+    }
+
+    fn place(&self) -> Option<String> {
+        Some(self.client.place.clone())
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
@@ -159,6 +184,7 @@ impl Source for Client {
         blob: &BlobId,
         at: &mut u64,
         end: u64,
+        _route: &Route,
         out: &Output,
     ) -> Result<(), Failure> {
         let range = *at..end;
@@ -173,6 +199,10 @@ impl Source for Client {
 
     fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
         (&self.retry, &self.timeouts, &self.metrics)
+    }
+
+    fn latency(&self) -> &Latency {
+        &self.latency
     }
 }
 

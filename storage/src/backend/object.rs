@@ -23,6 +23,7 @@ use url::Url;
 
 use super::bridge::Output;
 use super::registry::answer::{self, public_name, status_error, timed_out, transport};
+use super::registry::hedge::{Latency, Route};
 use super::registry::redirects::Redirects;
 use super::registry::retry::{Attempts, Failure};
 use super::registry::tls::{Tls, http_client};
@@ -170,6 +171,7 @@ struct Client {
     timeouts: Timeouts,
     retry: RetryLimits,
     metrics: Arc<Metrics>,
+    latency: Latency,
 }
 
 impl ObjectBackend {
@@ -207,6 +209,7 @@ impl ObjectBackend {
             timeouts: config.timeouts,
             retry: config.retry,
             metrics,
+            latency: Latency::default(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(THREADS)
@@ -238,11 +241,15 @@ impl Drop for ObjectBackend {
 impl Backend for ObjectBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
-        let range = request.range.clone();
+        let (range, priority) = (request.range.clone(), request.priority);
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer(&*client, &blob, range, out).await;
+            transfer(&*client, &blob, range, priority, out).await;
         })
         .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
+    }
+
+    fn place(&self) -> Option<String> {
+        Some(self.client.signer.base().origin().ascii_serialization())
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
@@ -258,6 +265,7 @@ impl Source for Client {
         blob: &BlobId,
         at: &mut u64,
         end: u64,
+        _route: &Route,
         out: &Output,
     ) -> Result<(), Failure> {
         let asked = *at..end;
@@ -272,6 +280,10 @@ impl Source for Client {
 
     fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
         (&self.retry, &self.timeouts, &self.metrics)
+    }
+
+    fn latency(&self) -> &Latency {
+        &self.latency
     }
 }
 

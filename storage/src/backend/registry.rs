@@ -7,6 +7,7 @@
 //! * `transfer`: attempts until every byte is delivered, at mirrors first; resumes
 //!   where one broke;
 //! * `endpoint`, `health`: the registry and its mirrors, and which are worth asking;
+//! * `hedge`: a second request where the first takes too long for a reader;
 //! * `open`: one attempt up to the headers, with credentials and redirects;
 //! * `redirects`: where blobs were found last, until that expires;
 //! * `auth`, `token`: answers challenges, keeps tokens and renews them in time;
@@ -18,13 +19,14 @@
 //! nothing waits without a limit; a server that sends more, less or other bytes than
 //! it was asked for cannot make a fetch succeed or memory grow.
 //!
-//! Limits on requests in flight, and hedging of slow ones, are the caller's.
+//! Limits on requests in flight are the caller's.
 
 pub(super) mod answer;
 mod auth;
 mod config;
 mod endpoint;
 mod health;
+pub(super) mod hedge;
 mod open;
 pub(super) mod redirects;
 pub(super) mod retry;
@@ -41,6 +43,7 @@ pub use config::{ClientCertificate, Mirror, RegistryConfig, Scheme, Timeouts};
 pub use retry::RetryLimits;
 
 use endpoint::Endpoint;
+use hedge::Latency;
 
 use super::{Backend, BackendError, Fetch, Sink, bridge};
 use crate::blob_id::BlobId;
@@ -74,6 +77,7 @@ struct Client {
     timeouts: Timeouts,
     retry: RetryLimits,
     metrics: Arc<Metrics>,
+    latency: Latency,
 }
 
 impl RegistryBackend {
@@ -103,6 +107,7 @@ impl RegistryBackend {
             timeouts: config.timeouts,
             retry: config.retry,
             metrics,
+            latency: Latency::default(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(THREADS)
@@ -149,11 +154,17 @@ impl Drop for RegistryBackend {
 impl Backend for RegistryBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
         let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
-        let range = request.range.clone();
+        let (range, priority) = (request.range.clone(), request.priority);
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer::transfer(&*client, &blob, range, out).await;
+            transfer::transfer(&*client, &blob, range, priority, out).await;
         })
         .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
+    }
+
+    fn place(&self) -> Option<String> {
+        // Of all repositories: it is the host that has limits.
+        let base = &self.client.origin.base;
+        Some(base.origin().ascii_serialization())
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {

@@ -211,6 +211,7 @@ impl Source<'_> {
             blob: &self.blob,
             range: range.clone(),
             priority: self.priority,
+            served_by: None,
         };
         let start = std::time::Instant::now();
         let result = fetch_to_vec(self.backend, &request, MAX_STORED);

@@ -3,6 +3,8 @@
     reason = "helpers of tests both assert and return what is tested"
 )]
 
+mod background;
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::thread;

@@ -227,6 +227,7 @@ fn any_options() -> impl Strategy<Value = BlobOptions> {
         let [sha256, blob_toc, inline_bootstrap, chunk_info_v2] = flags;
         BlobOptions {
             compressor,
+            level: codec::DEFAULT_ZSTD_LEVEL,
             digester: if sha256 {
                 Digester::Sha256
             } else {

@@ -62,10 +62,10 @@ impl<'a> Filler<'a> {
         if jobs.is_empty() {
             return;
         }
-        let start = Instant::now();
+        let (start, chunk) = (Instant::now(), jobs.first().map(Job::first_chunk));
         let patience = match request.priority {
             Priority::OnDemand => PATIENCE,
-            Priority::Prefetch => PATIENCE_OF_PREFETCH,
+            Priority::Speculation | Priority::Prefetch => PATIENCE_OF_PREFETCH,
         };
         add(&self.metrics.waits_for_processes, 1);
         let mut waiting = jobs;
@@ -92,6 +92,9 @@ impl<'a> Filler<'a> {
             self.fetch_late(ours, request);
         }
         add_time(&self.metrics.wait_time, start);
+        if let Some(chunk) = chunk {
+            request.waited(chunk, start, || "another process".to_owned());
+        }
         self.fetch_late(waiting, request);
     }
 

@@ -22,7 +22,7 @@ const MAX_GAP: u64 = 64 << 10;
 pub(crate) fn gap(priority: Priority) -> u64 {
     match priority {
         Priority::OnDemand => MAX_GAP,
-        Priority::Prefetch => 0,
+        Priority::Speculation | Priority::Prefetch => 0,
     }
 }
 

@@ -17,6 +17,7 @@ use crate::backend::Stop;
 use crate::codec::{self, CodecError, as_u64};
 use crate::error::ReadError;
 use crate::sync::{Arc, Ordering};
+use crate::units::ChunkIndex;
 
 /// A piece, and the duty to deliver some of its chunks.
 #[derive(Debug)]
@@ -45,6 +46,12 @@ impl<'a> Job<'a> {
             decode: piece.decode,
             chunks,
         })
+    }
+
+    /// The first of its chunks that are wanted.
+    pub(super) fn first_chunk(&self) -> ChunkIndex {
+        let first = self.chunks.first();
+        first.map_or_else(ChunkIndex::default, |(member, _)| member.index)
     }
 
     pub(super) fn fail(self, error: &ReadError, request: &mut Request<'_>) {

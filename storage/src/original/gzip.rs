@@ -11,7 +11,7 @@
 use std::io::{self, ErrorKind, Read};
 use std::sync::Arc;
 
-use super::{ContextStart, Place, Stored};
+use super::{ContextStart, NotInPlace, Place, Stored};
 use crate::codec::MAX_UNIT;
 use crate::format::context::MAX_ZRAN_INPUT;
 use crate::gzip_blocks::{GzipBlocks, Place as At};
@@ -145,7 +145,7 @@ impl Gzip {
             let problem = format!(
                 "a chunk of {len} bytes ends more than 16 MiB behind the deflate block boundary before it; use smaller chunks, or convert the layer instead of using it in place"
             );
-            return Err(io::Error::new(ErrorKind::Unsupported, problem));
+            return Err(NotInPlace(problem).into());
         };
         // At most 16 MiB, as was just checked.
         let within = u32::try_from(at - start.output_offset).unwrap_or(u32::MAX);
@@ -165,7 +165,7 @@ impl Gzip {
         let input = self.consumed - context.input_offset;
         if input > u64::from(MAX_ZRAN_INPUT) {
             let problem = "a chunk ends more than 32 MiB of compressed data behind the deflate block boundary before it";
-            return Err(io::Error::new(ErrorKind::Unsupported, problem));
+            return Err(NotInPlace(problem.to_owned()).into());
         }
         let (start, within) = self.chunk;
         Ok(Place::Gzip {

@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read};
 use std::ops::Range;
 
 use rafs::tree::{Attr, Xattrs};
-use storage::original::Place;
+use storage::original::{NotInPlace, Place};
 
 use super::header::{BLOCK, BadField, Header, until_nul};
 use super::pax::{self, Records};
@@ -55,6 +55,14 @@ pub enum Cause {
         /// What it asks for.
         what: String,
     },
+    /// The archive is fine, but this entry cannot stay where it is.
+    #[error("entry {path}: {what}")]
+    NotInPlace {
+        /// Name of the entry.
+        path: String,
+        /// Why.
+        what: String,
+    },
     /// An entry that would leave the image or contradicts another one.
     #[error("entry {path}: {what}")]
     Refused {
@@ -63,6 +71,18 @@ pub enum Cause {
         /// Why.
         what: String,
     },
+}
+
+impl TarError {
+    /// Whether the archive could be read, but not be used in place.
+    #[must_use]
+    pub fn is_not_in_place(&self) -> bool {
+        match &self.cause {
+            Cause::NotInPlace { .. } => true,
+            Cause::Read(error) => NotInPlace::is_in(error),
+            _ => false,
+        }
+    }
 }
 
 /// What an entry is.
@@ -216,6 +236,12 @@ impl<R: Read> Archive<R> {
                 what: what.into(),
             },
         )
+    }
+
+    /// An error about `entry`, which has to be stored anew.
+    pub(super) fn not_in_place(&self, entry: &Entry, what: String) -> TarError {
+        let path = printable(&entry.path);
+        self.error_at(entry.at, Cause::NotInPlace { path, what })
     }
 
     fn entry(

@@ -265,3 +265,65 @@ fn threads_end_with_the_mount() {
         workers.join()
     });
 }
+
+/// A `dd` that waits for the data of file 2, past the page cache.
+fn waiting_dd(mounted: &Mounted) -> std::process::Child {
+    let before = mounted.files.waiting.load(Ordering::SeqCst);
+    let dd = std::process::Command::new("dd")
+        .arg(format!("if={}", mounted.path().join("2").display()))
+        .args(["bs=4096", "count=1", "iflag=direct", "status=none"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while mounted.files.waiting.load(Ordering::SeqCst) == before {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "dd does not read"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    dd
+}
+
+fn signal(child: &std::process::Child, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, signal).unwrap();
+}
+
+/// Whoever is killed while data is on the way is gone at once, also when another
+/// signal came first.
+#[test]
+fn killed_readers_need_not_wait() {
+    use nix::sys::signal::Signal::{SIGCONT, SIGKILL, SIGSTOP, SIGTERM};
+    for signals in [&[SIGKILL][..], &[SIGTERM], &[SIGSTOP, SIGCONT, SIGKILL]] {
+        let mounted = Mounted::new(2);
+        let mut dd = waiting_dd(&mounted);
+        for one in signals {
+            signal(&dd, *one);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        within(Duration::from_secs(5), "the end of a reader", move || {
+            assert!(!dd.wait().unwrap().success());
+        });
+        // What was answered is not answered again, and the mount lives.
+        mounted.files.let_go();
+        assert_eq!(std::fs::read(mounted.path().join("3")).unwrap().len(), 4096);
+    }
+}
+
+/// A signal that does not kill takes nothing from a reader.
+#[test]
+fn readers_that_live_get_their_data() {
+    use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+    let mounted = Mounted::new(2);
+    let dd = waiting_dd(&mounted);
+    signal(&dd, SIGSTOP);
+    std::thread::sleep(PERIOD * 3);
+    signal(&dd, SIGCONT);
+    std::thread::sleep(PERIOD);
+    mounted.files.let_go();
+    let output = dd.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(output.stdout, vec![2; 4096]);
+}

@@ -90,6 +90,7 @@ fn fetch(backend: &HttpProxyBackend, range: Range<u64>) -> Result<Vec<u8>, Backe
         blob: &blob,
         range,
         priority: Priority::OnDemand,
+        served_by: None,
     };
     fetch_to_vec(backend, &request, 1 << 20)
 }

@@ -45,6 +45,7 @@ fn fetch(backend: &RegistryBackend, range: std::ops::Range<u64>) -> Result<Vec<u
         blob: &blob(),
         range,
         priority: Priority::OnDemand,
+        served_by: None,
     };
     fetch_to_vec(backend, &request, 1 << 30)
 }
@@ -467,6 +468,7 @@ fn the_receiver_may_stop() {
         blob: &blob(),
         range: 0..300_000,
         priority: Priority::Prefetch,
+        served_by: None,
     };
     let mut pieces = 0;
     let result = backend.fetch(&request, &mut |_| {
@@ -539,6 +541,7 @@ fn the_receiver_may_stop_while_nothing_comes() {
         blob: &blob(),
         range: 0..300_000,
         priority: Priority::Prefetch,
+        served_by: None,
     };
     let start = Instant::now();
     let result = backend.fetch(&request, &mut |piece| {

@@ -12,13 +12,15 @@ use super::Client;
 use super::answer::{self, Body, chain, public_name, timed_out, transport};
 use super::config::Timeouts;
 use super::endpoint::Endpoint;
+use super::health::Health;
+use super::hedge::{self, Latency, Route};
 use super::retry::{Attempts, Failure, RetryLimits};
-use crate::backend::BackendError;
 use crate::backend::bridge::Output;
+use crate::backend::{BackendError, Priority};
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
 use crate::metrics::{Metrics, add};
-use crate::sync::Ordering;
+use crate::sync::{Arc, Ordering};
 
 /// Bytes per second that even a slow link carries: for each, large fetches get a
 /// second more.
@@ -31,11 +33,14 @@ const PROGRESS: u64 = 4096;
 /// Something that delivers bytes of blobs in several attempts.
 pub(in crate::backend) trait Source: Sync {
     /// One attempt. `at` moves past what was delivered, also on error.
+    ///
+    /// * `route`: which server to ask, if there are several.
     fn attempt(
         &self,
         blob: &BlobId,
         at: &mut u64,
         end: u64,
+        route: &Route,
         out: &Output,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 
@@ -44,6 +49,12 @@ pub(in crate::backend) trait Source: Sync {
 
     /// What bounds the attempts of one fetch.
     fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics);
+
+    /// What is known about how long answers take.
+    fn latency(&self) -> &Latency;
+
+    /// The server on this route was slower than another one that was asked later.
+    fn lost(&self, _route: &Route) {}
 }
 
 /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
@@ -51,6 +62,7 @@ pub(in crate::backend) async fn transfer(
     source: &impl Source,
     blob: &BlobId,
     range: Range<u64>,
+    priority: Priority,
     out: Output,
 ) {
     let len = range.end.saturating_sub(range.start);
@@ -62,7 +74,13 @@ pub(in crate::backend) async fn transfer(
     let work = async {
         while at < range.end {
             let before = at;
-            if let Err(failure) = source.attempt(blob, &mut at, range.end, &out).await {
+            let result = if priority == Priority::OnDemand {
+                hedge::attempt(source, blob, &mut at, range.end, &out).await
+            } else {
+                let route = Route::default();
+                source.attempt(blob, &mut at, range.end, &route, &out).await
+            };
+            if let Err(failure) = result {
                 attempts.after(failure, at - before >= PROGRESS).await?;
             }
         }
@@ -89,10 +107,12 @@ impl Source for Client {
         blob: &BlobId,
         at: &mut u64,
         end: u64,
+        route: &Route,
         out: &Output,
     ) -> Result<(), Failure> {
-        for mirror in &self.mirrors {
-            let Some(health) = mirror.health.as_ref().filter(|health| health.usable()) else {
+        for (number, mirror) in self.mirrors.iter().enumerate() {
+            let usable = |health: &&Arc<Health>| route.takes(number) && health.usable();
+            let Some(health) = mirror.health.as_ref().filter(usable) else {
                 continue;
             };
             match self.attempt_at(mirror, blob, at, end, out).await {
@@ -103,6 +123,8 @@ impl Source for Client {
                 Err(failure) => self.mirror_failed(mirror, failure)?,
             }
         }
+        // There is nothing beyond it.
+        let _ = route.takes(self.mirrors.len());
         self.attempt_at(&self.origin, blob, at, end, out).await
     }
 
@@ -112,6 +134,18 @@ impl Source for Client {
 
     fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
         (&self.retry, &self.timeouts, &self.metrics)
+    }
+
+    fn latency(&self) -> &Latency {
+        &self.latency
+    }
+
+    /// A mirror that is often slow is left alone like one that fails.
+    fn lost(&self, route: &Route) {
+        let mirror = self.mirrors.get(route.asked());
+        if let Some((mirror, health)) = mirror.and_then(|it| Some((it, it.health.as_ref()?))) {
+            health.failed(false, &mirror.http, "another source was faster");
+        }
     }
 }
 
@@ -242,6 +276,7 @@ pub(in crate::backend) async fn stream(
     const ACTION: &str = "reading the body of an answer";
     let (start, end) = (*at, at.saturating_add(body.len));
     let mut skip = body.skip;
+    out.comes_from(url.host_str().unwrap_or_default());
     while *at < end {
         let piece = match tokio::time::timeout(limit, answer.chunk()).await {
             Ok(piece) => piece.map_err(|error| transport(url, ACTION, error))?,

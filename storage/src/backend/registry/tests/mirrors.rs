@@ -164,3 +164,51 @@ fn mirrors_that_are_none_are_refused() {
         assert!(matches!(error, BackendError::Config(_)), "{url}: {error}");
     }
 }
+
+#[test]
+fn a_slow_mirror_is_hedged_by_the_next_source() {
+    let slow = Server::new(|request, _| match request.range().start {
+        // Not a byte, and half of the body.
+        0 => Reply::silence(),
+        _ => Reply::range(request, &data()).cut(50_000, true),
+    });
+    let next = good();
+    let origin = good();
+    let mut settings = with_mirrors(&origin, &[&slow, &next]);
+    settings.timeouts.read = Duration::from_secs(3);
+    let metrics = Arc::<Metrics>::default();
+    let backend = RegistryBackend::with_metrics(settings, Arc::clone(&metrics)).unwrap();
+    let start = Instant::now();
+    expect(&backend, 0..200_000);
+    expect(&backend, 100..200_100);
+    assert!(start.elapsed() < Duration::from_millis(2900));
+    let asked: Vec<_> = next.requests().iter().map(|r| r.range().start).collect();
+    assert_eq!(asked, [0, 50_100]);
+    assert_eq!(origin.requests().len(), 0);
+    assert_eq!(metrics.hedges.load(Ordering::Relaxed), 2);
+    assert_eq!(metrics.hedges_won.load(Ordering::Relaxed), 2);
+    // It lost twice, which is as good as failing.
+    expect(&backend, 0..200_000);
+    assert_eq!(slow.requests().len(), 2);
+}
+
+#[test]
+fn what_nobody_waits_for_is_not_hedged() {
+    let slow = Server::new(|request, number| match number {
+        0 => Reply::silence(),
+        _ => Reply::range(request, &data()),
+    });
+    let mut settings = config(&slow);
+    settings.timeouts.read = Duration::from_millis(1500);
+    let backend = RegistryBackend::new(settings).unwrap();
+    let request = Fetch {
+        blob: &blob(),
+        range: 0..10,
+        priority: Priority::Prefetch,
+        served_by: None,
+    };
+    let start = Instant::now();
+    fetch_to_vec(&backend, &request, 10).unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(1400));
+    assert_eq!(slow.requests().len(), 2);
+}

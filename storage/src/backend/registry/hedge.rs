@@ -1,0 +1,317 @@
+//! Hedging: a second request for what a reader waits for and the first one does not
+//! bring in time.
+//!
+//! Of a server's answers most are quick and a few are very slow, for reasons that a
+//! second request does not meet: a busy machine behind a load balancer, a lost packet.
+//! So when nothing has come for longer than 95 % of the answers before took, another
+//! request is made, at the next mirror if there is one; whichever brings a byte first
+//! is kept, and the other one ends.
+//!
+//! Promises: no byte is delivered twice; a hedge is made for readers only, one per
+//! attempt, and on the whole for at most one request in [`SHARE`]; if one of the two
+//! fails the other one goes on.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::retry::Failure;
+use super::transfer::Source;
+use crate::backend::bridge::Output;
+use crate::backend::{BackendError, ServedBy};
+use crate::blob_id::BlobId;
+use crate::codec::as_u64;
+use crate::metrics::add;
+use crate::sync::{Arc, AtomicUsize, Mutex, OnceLock, Ordering, lock};
+
+/// Latencies that are remembered.
+const SAMPLES: usize = 128;
+
+/// With fewer than these, nothing is known about a server.
+const ENOUGH: usize = 20;
+
+/// The least and, as long as nothing is known, the usual time for a first byte.
+const FLOOR: Duration = Duration::from_millis(50);
+const UNKNOWN: Duration = Duration::from_secs(1);
+
+/// An answer this many times slower than half of them is slow, however many are.
+const TIMES_MEDIAN: u32 = 4;
+
+/// Least silence within a body that is taken for a stall: the link may be busy.
+const STALL: Duration = Duration::from_millis(500);
+
+/// Requests for each of which there may be a hedge.
+const SHARE: u32 = 20;
+
+/// Hedges that may be saved up for bad times.
+const SAVED: u32 = 10;
+
+/// Hedges that may be made at the start.
+const ADVANCE: u32 = 2;
+
+/// Pieces of a body that wait to be passed on.
+const PIECES: usize = 2;
+
+/// Which of several servers to ask: they are numbered in the order of preference.
+#[derive(Debug, Default)]
+pub(in crate::backend) struct Route {
+    skip: usize,
+    asked: AtomicUsize,
+}
+
+impl Route {
+    /// Whether server `number` may be asked; it is the one then.
+    pub(super) fn takes(&self, number: usize) -> bool {
+        let takes = number >= self.skip;
+        if takes {
+            self.asked.store(number, Ordering::Relaxed);
+        }
+        takes
+    }
+
+    /// The server that was asked last.
+    pub(super) fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// To the servers after the one that `other` leads to.
+    fn beyond(other: &Self) -> Self {
+        Self {
+            skip: other.asked() + 1,
+            ..Self::default()
+        }
+    }
+}
+
+/// What is known about the latency of a server.
+#[derive(Debug)]
+pub(in crate::backend) struct Latency(Mutex<Known>);
+
+#[derive(Debug)]
+struct Known {
+    recent: [Duration; SAMPLES],
+    count: usize,
+    /// In parts of a hedge: each request earns one of [`SHARE`].
+    credit: u32,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self(Mutex::new(Known {
+            recent: [Duration::ZERO; SAMPLES],
+            count: 0,
+            credit: ADVANCE * SHARE,
+        }))
+    }
+}
+
+impl Latency {
+    fn observe(&self, time: Duration) {
+        let mut known = lock(&self.0);
+        let place = known.count % SAMPLES;
+        if let Some(sample) = known.recent.get_mut(place) {
+            *sample = time;
+        }
+        known.count += 1;
+    }
+
+    /// How long a first byte may take.
+    fn patience(&self) -> Duration {
+        let known = lock(&self.0);
+        let (mut recent, count) = (known.recent, known.count.min(SAMPLES));
+        drop(known);
+        let recent = recent.get_mut(..count).unwrap_or_default();
+        if count < ENOUGH {
+            return UNKNOWN;
+        }
+        recent.sort_unstable();
+        let at = |percent: usize| recent.get(count * percent / 100).copied();
+        let p95 = at(95).unwrap_or(UNKNOWN);
+        let slow = at(50).unwrap_or(UNKNOWN).saturating_mul(TIMES_MEDIAN);
+        p95.min(slow).max(FLOOR)
+    }
+
+    fn earn(&self) {
+        let mut known = lock(&self.0);
+        known.credit = (known.credit + 1).min(SAVED * SHARE);
+    }
+
+    /// Whether another hedge may be made; it is counted then.
+    fn spend(&self) -> bool {
+        let mut known = lock(&self.0);
+        let rest = known.credit.checked_sub(SHARE);
+        known.credit = rest.unwrap_or(known.credit);
+        rest.is_some()
+    }
+}
+
+/// One of two requests for the same bytes.
+struct Lane<'a> {
+    route: &'a Route,
+    began: Instant,
+    work: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>,
+    pieces: mpsc::Receiver<Result<Bytes, BackendError>>,
+    served_by: Arc<ServedBy>,
+    result: Option<Result<(), Failure>>,
+}
+
+impl<'a> Lane<'a> {
+    fn new<S: Source>(
+        source: &'a S,
+        blob: &'a BlobId,
+        range: std::ops::Range<u64>,
+        route: &'a Route,
+    ) -> Self {
+        let (sender, pieces) = mpsc::channel(PIECES);
+        let out = Output::new(sender);
+        Self {
+            served_by: Arc::clone(out.served_by()),
+            route,
+            began: Instant::now(),
+            work: Box::pin(async move {
+                let mut at = range.start;
+                source.attempt(blob, &mut at, range.end, route, &out).await
+            }),
+            pieces,
+            result: None,
+        }
+    }
+
+    /// The next bytes; `None` at the end, when there is a result. May be dropped and
+    /// called again.
+    async fn next(&mut self) -> Option<Bytes> {
+        while self.result.is_none() {
+            tokio::select! {
+                biased;
+                Some(piece) = self.pieces.recv() => return piece.ok(),
+                result = &mut self.work => self.result = Some(result),
+            }
+        }
+        // The sender ended with the work: this does not wait.
+        self.pieces.recv().await?.ok()
+    }
+}
+
+/// One attempt, hedged. `at` moves past what was delivered, also on error.
+pub(super) async fn attempt(
+    source: &impl Source,
+    blob: &BlobId,
+    at: &mut u64,
+    end: u64,
+    out: &Output,
+) -> Result<(), Failure> {
+    let (latency, (_, _, metrics)) = (source.latency(), source.limits());
+    latency.earn();
+    let (start, route, other_route) = (*at, Route::default(), OnceLock::new());
+    let mut lane = Lane::new(source, blob, *at..end, &route);
+    let mut rival: Option<Lane<'_>> = None;
+    let mut silent_since = lane.began;
+    let mut hedged = false;
+    let patience = latency.patience();
+    loop {
+        let limit = if *at == start {
+            patience
+        } else {
+            patience.max(STALL)
+        };
+        let rival_next = async {
+            match &mut rival {
+                Some(rival) => rival.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let piece = tokio::select! {
+            biased;
+            piece = lane.next() => match (piece, lane.result.take()) {
+                (Some(piece), result) => {
+                    lane.result = result;
+                    rival = None;
+                    piece
+                }
+                (None, Some(Err(failure))) => match rival.take() {
+                    Some(rival) => {
+                        tracing::debug!(error = %failure.error, "left to the second request");
+                        lane = rival;
+                        continue;
+                    }
+                    None => return Err(failure),
+                },
+                (None, _) => return Ok(()),
+            },
+            piece = rival_next => match (piece, rival.take()) {
+                (Some(piece), Some(winner)) => {
+                    add(&metrics.hedges_won, 1);
+                    // It takes that long at least.
+                    latency.observe(lane.began.elapsed());
+                    source.lost(lane.route);
+                    lane = winner;
+                    piece
+                }
+                // Failed: the first one goes on alone.
+                _ => continue,
+            },
+            () = tokio::time::sleep_until(silent_since + limit), if !hedged => {
+                hedged = true;
+                if latency.spend() {
+                    add(&metrics.hedges, 1);
+                    tracing::debug!(%blob, at = *at, after = ?silent_since.elapsed(), "asking again");
+                    let other = other_route.get_or_init(|| Route::beyond(&route));
+                    rival = Some(Lane::new(source, blob, *at..end, other));
+                }
+                continue;
+            }
+        };
+        if *at == start {
+            latency.observe(lane.began.elapsed());
+        }
+        out.comes_from(&lane.served_by.host());
+        *at += as_u64(piece.len());
+        if out.send(Ok(piece)).await.is_err() {
+            return Err(Failure::never(BackendError::Stopped));
+        }
+        silent_since = Instant::now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_follows_the_answers_but_not_the_stalls() {
+        let latency = Latency::default();
+        for _ in 0..ENOUGH - 1 {
+            latency.observe(Duration::from_millis(100));
+        }
+        assert_eq!(latency.patience(), UNKNOWN);
+        (0..100).for_each(|n| latency.observe(Duration::from_millis(100 + n)));
+        let patience = latency.patience();
+        assert!((190..200).contains(&patience.as_millis()), "{patience:?}");
+        // A third of all answers hangs: what is usual is still what the others take.
+        for number in 0..300 {
+            let slow = number % 3 == 0;
+            latency.observe(Duration::from_millis(if slow { 9000 } else { 100 }));
+        }
+        assert_eq!(latency.patience(), Duration::from_millis(400));
+        (0..SAMPLES).for_each(|_| latency.observe(Duration::from_micros(300)));
+        assert_eq!(latency.patience(), FLOOR);
+    }
+
+    #[test]
+    fn hedges_are_a_small_part_of_all_requests() {
+        let latency = Latency::default();
+        let mut hedges = 0;
+        for _ in 0..1000 {
+            latency.earn();
+            hedges += u32::from(latency.spend());
+        }
+        assert_eq!(hedges, 1000 / SHARE + ADVANCE);
+        (0..100_000).for_each(|_| latency.earn());
+        let saved = (0..100).filter(|_| latency.spend()).count();
+        assert_eq!(saved, usize::try_from(SAVED).unwrap());
+    }
+}

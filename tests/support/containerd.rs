@@ -1,0 +1,204 @@
+//! Debian's containerd, with its root, its state and its socket in a directory of
+//! its own and `nydus-snapshotter` as one of its snapshotters. The containerd of the
+//! machine, if there is one, is left alone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+use nix::sys::signal::Signal;
+
+use crate::cri::Cri;
+use crate::mount::detach;
+use crate::process::Process;
+
+/// A running containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    process: Option<Process>,
+    directory: PathBuf,
+    starts: u32,
+}
+
+impl Containerd {
+    /// Starts one below `directory`, with the plugin at `plugin` and `snapshotter`
+    /// (`nydus` or `overlayfs`) for pods, which use the image `pause`.
+    ///
+    /// # Errors
+    /// It does not start; with its log.
+    pub fn start(directory: &Path, plugin: &Path, snapshotter: &str, pause: &str) -> Result<Self> {
+        let mut containerd = Self {
+            process: None,
+            directory: directory.to_owned(),
+            starts: 0,
+        };
+        containerd.configure(plugin, snapshotter, pause)?;
+        containerd.start_again()?;
+        Ok(containerd)
+    }
+
+    /// Writes another configuration, for the next start.
+    ///
+    /// # Errors
+    /// The disk is full.
+    pub fn configure(&self, plugin: &Path, snapshotter: &str, pause: &str) -> Result<()> {
+        let directory = self.directory.display();
+        let text = format!(
+            r#"
+version = 2
+root = "{directory}/containerd"
+state = "{directory}/state"
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp"]
+[grpc]
+  address = "{directory}/containerd.sock"
+[ttrpc]
+  address = "{directory}/containerd.ttrpc"
+[debug]
+  address = "{directory}/debug.sock"
+[proxy_plugins.nydus]
+  type = "snapshot"
+  address = "{plugin}"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{directory}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  disable_tcp_service = true
+  stream_server_port = "0"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{directory}/cni/bin"
+    conf_dir = "{directory}/cni/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "{snapshotter}"
+    disable_snapshot_annotations = false
+    discard_unpacked_layers = false
+"#,
+            plugin = plugin.display(),
+        );
+        fs::write(self.directory.join("containerd.toml"), text)?;
+        Ok(())
+    }
+
+    /// Starts it after it has ended.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub fn start_again(&mut self) -> Result<()> {
+        self.starts += 1;
+        let mut command = Command::new("containerd");
+        command
+            .arg("--config")
+            .arg(self.directory.join("containerd.toml"));
+        let log = self
+            .directory
+            .join(format!("containerd-{}.log", self.starts));
+        let mut process = Process::start(&mut command, &log)?;
+        let socket = self.socket();
+        process.wait_until(|_| {
+            Cri::connect(&socket)
+                .and_then(|mut cri| cri.version())
+                .is_ok()
+        })?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// Ends it at once. Containers go on running.
+    ///
+    /// # Errors
+    /// It is gone already.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Some(mut process) = self.process.take() {
+            process.signal(Signal::SIGKILL)?;
+            process.wait()?;
+        }
+        Ok(())
+    }
+
+    /// A client of it.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn cri(&self) -> Result<Cri> {
+        Cri::connect(&self.socket())
+    }
+
+    /// A command that runs `ctr` in the namespace `namespace`.
+    #[must_use]
+    pub fn ctr(&self, namespace: &str) -> Command {
+        let mut command = Command::new("ctr");
+        command
+            .arg("--address")
+            .arg(self.socket())
+            .args(["--namespace", namespace]);
+        command
+    }
+
+    /// What it has logged since it was started last.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.process.as_ref().map(Process::log).unwrap_or_default()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join("containerd.sock")
+    }
+
+    /// Ends every shim of this containerd, and with them all containers.
+    fn end_shims(&self) {
+        let mut pgrep = Command::new("pgrep");
+        pgrep
+            .arg("-f")
+            .arg(format!("containerd-shim.*{}/", self.directory.display()));
+        let Ok(found) = crate::command::run(&mut pgrep) else {
+            return;
+        };
+        for pid in found.stdout.lines().filter_map(|line| line.parse().ok()) {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+        }
+    }
+
+    /// Processes whose root is a container of this containerd.
+    fn end_containers(&self) {
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let cgroup = fs::read_to_string(entry.path().join("mountinfo")).unwrap_or_default();
+            let ours = cgroup.contains(&format!("upperdir={}/", self.directory.display()))
+                && fs::read_link(entry.path().join("ns/mnt")).ok()
+                    != fs::read_link("/proc/self/ns/mnt").ok();
+            let name = entry.file_name();
+            if let Some(pid) = name
+                .to_str()
+                .and_then(|name| name.parse().ok())
+                .filter(|_| ours)
+            {
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if self.process.is_none() {
+            let _ = self.start_again();
+        }
+        let removed = self.cri().and_then(|mut cri| cri.remove_all_pods());
+        drop(self.process.take());
+        if removed.is_err() {
+            self.end_shims();
+            self.end_containers();
+        }
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mut points: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .collect();
+        points.retain(|point| Path::new(point).starts_with(&self.directory));
+        for point in points.into_iter().rev() {
+            detach(Path::new(point));
+        }
+    }
+}
