@@ -382,6 +382,8 @@ fn images_of_the_api_survive_the_death_of_any_process() {
     assert_eq!(names(&daemon.at("/gone")), ["first-file"]);
     daemon.expect(204, "DELETE", &target("/1"), "");
     assert!(!daemon.at("/1/first").exists());
+    // It would keep the daemon with its mount.
+    drop(open);
     daemon.expect(204, "PUT", "/api/v1/daemon/exit", "");
     let began = std::time::Instant::now();
     while support::mount::is_mounted(daemon.daemon.point()) || daemon.socket.exists() {

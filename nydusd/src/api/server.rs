@@ -9,7 +9,8 @@
 //! a successor goes on with them, and clients do not notice ([`Control`]).
 
 use std::convert::Infallible;
-use std::os::fd::AsFd as _;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -25,7 +26,9 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::unistd::Pid;
+use tokio::io::Interest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
@@ -248,9 +251,9 @@ impl Clients {
     /// Waits until something was said. A connection on which that takes long outlives
     /// this process meanwhile.
     async fn wait_for_words(&self, stream: &tokio::net::UnixStream) -> anyhow::Result<()> {
-        let quick = tokio::time::timeout(SILENCE, stream.readable()).await;
-        if let Ok(ready) = quick {
-            return Ok(ready?);
+        let quick = tokio::time::timeout(SILENCE, words(stream)).await;
+        if let Ok(said) = quick {
+            return Ok(said?);
         }
         let Ok(_room) = self.silent.try_acquire() else {
             return Ok(());
@@ -265,10 +268,25 @@ impl Clients {
 
     /// Waits until something was said on a connection that is a deposit.
     async fn wait_as(&self, name: &str, stream: &tokio::net::UnixStream) -> anyhow::Result<()> {
-        let ready = stream.readable().await;
+        let said = words(stream).await;
         // Before anything is read of it: a successor must not find half a request.
         self.keeper.withdraw(name);
-        Ok(ready?)
+        Ok(said?)
+    }
+}
+
+/// Waits for the first byte, or the end, of a connection, and leaves it there.
+async fn words(stream: &tokio::net::UnixStream) -> io::Result<()> {
+    loop {
+        // May be wrong: a connection that was just accepted counts as readable.
+        stream.readable().await?;
+        let said = stream.try_io(Interest::READABLE, || {
+            recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK).map_err(io::Error::from)
+        });
+        match said {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            said => return said.map(drop),
+        }
     }
 }
 
