@@ -7,8 +7,6 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use support::binaries::nydus_image;
 use support::command::succeed;
 use support::containerd::Containerd;
@@ -416,9 +414,7 @@ fn after_a_reboot_without_network() {
 
     node.containerd.kill().unwrap();
     node.plugin.kill().unwrap();
-    for pid in node.wait_for_daemons(1) {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    }
+    node.plugin.kill_daemons(&node.wait_for_daemons(1)).unwrap();
     node.wait_for_daemons(0);
     let began = Instant::now();
     node.plugin.start_again().unwrap();
@@ -449,7 +445,7 @@ fn after_a_reboot_without_network() {
 
     // And a daemon that dies is replaced.
     let old = node.wait_for_daemons(1);
-    kill(Pid::from_raw(old[0]), Signal::SIGKILL).unwrap();
+    node.plugin.kill_daemons(&old).unwrap();
     wait_for("another daemon", || {
         let daemons = node.plugin.daemons().unwrap();
         daemons.len() == 1 && daemons != old

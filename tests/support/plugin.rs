@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, getpgid};
 use snapshotter::api::snapshots::snapshots_client::SnapshotsClient;
 use snapshotter::api::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest,
@@ -147,11 +148,35 @@ impl Plugin {
         Client::connect(&self.address())
     }
 
-    /// Process ids of the daemons that serve its images.
+    /// Process ids of the daemons that serve its images: one for each, although a
+    /// daemon is several processes.
     ///
     /// # Errors
     /// The system does not tell.
     pub fn daemons(&self) -> Result<Vec<i32>> {
+        let processes = self.processes()?;
+        let is_child = |pid: &i32| parent_of(*pid).is_some_and(|of| processes.contains(&of));
+        Ok(processes
+            .iter()
+            .copied()
+            .filter(|pid| !is_child(pid))
+            .collect())
+    }
+
+    /// Kills all processes of these daemons at once.
+    ///
+    /// # Errors
+    /// One of them is gone already.
+    pub fn kill_daemons(&self, daemons: &[i32]) -> Result<()> {
+        for daemon in daemons {
+            // The group is that of the process that the plugin has started.
+            let group = getpgid(Some(Pid::from_raw(*daemon)))?;
+            killpg(group, Signal::SIGKILL)?;
+        }
+        Ok(())
+    }
+
+    fn processes(&self) -> Result<Vec<i32>> {
         let mut pgrep = Command::new("pgrep");
         pgrep
             .arg("-f")
@@ -165,12 +190,21 @@ impl Plugin {
     }
 }
 
+/// The parent of a process, if that still runs.
+fn parent_of(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // After the name, which may contain anything: state, parent.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
 impl Drop for Plugin {
     fn drop(&mut self) {
         drop(self.process.take());
         // Its daemons outlive it on purpose.
-        for pid in self.daemons().unwrap_or_default() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+        for daemon in self.daemons().unwrap_or_default() {
+            // Gone by itself meanwhile, perhaps.
+            let _ = self.kill_daemons(&[daemon]);
         }
         for entry in std::fs::read_dir(self.root().join("snapshots"))
             .into_iter()
