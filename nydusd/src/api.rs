@@ -1,7 +1,7 @@
 //! The control API: HTTP over a Unix socket, as existing clients speak it.
 //!
 //! [`socket`] makes the socket, [`server`] speaks HTTP, [`request`] turns method, path
-//! and query into a [`Call`](request::Call), and [`Api::answer`] here carries it out.
+//! and query into a [`request::Call`], and [`Api::answer`] here carries it out.
 //! What clients see: `docs/api.md`.
 //!
 //! Calls block, and run side by side: a mount that takes long keeps no metrics waiting.
