@@ -84,12 +84,24 @@ impl Nydusd {
         &mut self.process
     }
 
-    /// Asks the daemon to stop, as a service manager would.
+    /// Asks the daemon to stop, as a service manager would, and again if the mount
+    /// was in use: a child of another test, before it becomes a program, has all of
+    /// our files open.
     ///
     /// # Errors
     /// It does not end with exit code 0, or leaves the mount behind.
-    pub fn stop(self) -> Result<()> {
-        self.process.signal(Signal::SIGTERM)?;
+    pub fn stop(mut self) -> Result<()> {
+        let refusals =
+            |process: &Process| process.log().matches("goes on being served; used").count();
+        for _ in 0..3 {
+            let before = refusals(&self.process);
+            self.process.signal(Signal::SIGTERM)?;
+            self.process
+                .wait_for_end(|process| refusals(process) > before)?;
+            if self.process.ended()?.is_some() {
+                break;
+            }
+        }
         self.expect_clean_end()
     }
 

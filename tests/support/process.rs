@@ -19,6 +19,8 @@ use crate::command::cannot_start;
 
 /// How long a program may take to end after SIGTERM.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How often it is looked whether it has ended.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A running program and the file that its output goes to.
 #[derive(Debug)]
@@ -101,12 +103,21 @@ impl Process {
     /// # Errors
     /// It still runs after 15 seconds; it goes on running.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        let began = Instant::now();
-        while began.elapsed() < PATIENCE {
-            if let Some(status) = self.ended()? {
-                return Ok(status);
+        self.wait_for_end(|_| false)?;
+        Ok(self.child.wait()?)
+    }
+
+    /// Waits until the program ends, or `refused` says that it will not.
+    ///
+    /// # Errors
+    /// Neither happens for 15 seconds.
+    pub(crate) fn wait_for_end(&mut self, mut refused: impl FnMut(&Self) -> bool) -> Result<()> {
+        // Counted in looks: a machine that stands still for a while takes none.
+        for _ in 0..PATIENCE.as_millis() / LOOK.as_millis() {
+            if self.ended()?.is_some() || refused(self) {
+                return Ok(());
             }
-            thread::sleep(Duration::from_millis(5));
+            thread::sleep(LOOK);
         }
         bail!(
             "{} still runs after {PATIENCE:?}; its log:\n{}",

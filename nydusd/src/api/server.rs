@@ -90,8 +90,8 @@ impl Control {
     /// The socket cannot be had.
     pub(crate) fn new(path: &Path, keeper: &Keeper) -> anyhow::Result<Self> {
         let (listener, file) = socket::open(path)?;
-        let note = serde_json::to_string(&file.identity())?;
-        keeper.deposit(SOCKET, note, &[listener.as_fd()])?;
+        let files = [listener.as_fd(), file.file().as_fd()];
+        keeper.deposit(SOCKET, String::new(), &files)?;
         Ok(Self {
             listener,
             file,
@@ -111,21 +111,20 @@ impl Control {
     ) -> anyhow::Result<Option<Self>> {
         let mut socket = None;
         let mut silent = Vec::new();
-        for (name, mut deposit) in left {
-            let file = deposit.files.pop().context("a descriptor is missing")?;
+        for (name, deposit) in left {
+            let mut files = deposit.files.into_iter();
+            let mut next = || files.next().context("a descriptor is missing");
+            let first = next()?;
             if name == SOCKET {
-                socket = Some((UnixListener::from(file), deposit.note));
+                let file = SocketFile::adopt(path.to_owned(), next()?);
+                socket = Some((UnixListener::from(first), file));
             } else {
-                silent.push((name, UnixStream::from(file)));
+                silent.push((name, UnixStream::from(first)));
             }
         }
-        let Some((listener, note)) = socket else {
-            return Ok(None);
-        };
-        let identity = serde_json::from_str(&note).context("the saved socket")?;
-        Ok(Some(Self {
+        Ok(socket.map(|(listener, file)| Self {
             listener,
-            file: SocketFile::adopt(path.to_owned(), identity),
+            file,
             silent,
         }))
     }

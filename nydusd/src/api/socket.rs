@@ -1,8 +1,10 @@
 //! The socket: private from its first moment, and gone when the daemon ends well.
 
-use std::fs;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _,
+};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -16,38 +18,46 @@ use nix::sys::stat::{Mode, fchmod};
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
-    /// Device and inode: what is there now may be somebody else's.
-    identity: Option<(u64, u64)>,
+    /// The file itself: what is at the path now may be somebody else's. While this is
+    /// open, no other file gets the same inode number.
+    file: File,
 }
 
 impl SocketFile {
     /// The file of a predecessor.
-    pub(super) fn adopt(path: PathBuf, identity: Option<(u64, u64)>) -> Self {
-        Self { path, identity }
+    pub(super) fn adopt(path: PathBuf, file: OwnedFd) -> Self {
+        let file = file.into();
+        Self { path, file }
     }
 
-    /// Device and inode, if there is a file.
-    pub(super) fn identity(&self) -> Option<(u64, u64)> {
-        self.identity
+    /// The file, for a successor.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives it the name that clients know.
+    fn rename(&mut self, path: &Path) -> std::io::Result<()> {
+        fs::rename(&self.path, path)?;
+        path.clone_into(&mut self.path);
+        Ok(())
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
+        let ours = self.file.metadata().ok();
+        let there = fs::symlink_metadata(&self.path).ok();
+        let identity = |meta: Metadata| (meta.dev(), meta.ino());
+        if ours.is_some() && ours.map(identity) == there.map(identity) {
             // Nothing depends on it; the next daemon removes what it finds.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let found = fs::symlink_metadata(path).ok()?;
-    Some((found.dev(), found.ino()))
-}
-
 /// Listens on `path`, for root only (mode 0600). A missing directory is made with mode
-/// 0700; the leftover of a daemon that died is removed.
+/// 0700; the leftover of a daemon that died is removed. The file appears when it can be
+/// connected to.
 ///
 /// # Errors
 /// Another daemon answers there, something else is in the way, or the system refuses.
@@ -61,9 +71,13 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
             .with_context(context)?;
     }
     clear(path).with_context(context)?;
-    let address = UnixAddr::new(path)
+    UnixAddr::new(path)
         .with_context(context)
         .context("a socket's path is at most 107 bytes long")?;
+    // Shorter than any usual name, so that it fits, too.
+    let hidden = path.with_file_name(format!(".{}", std::process::id()));
+    let _ = fs::remove_file(&hidden);
+    let address = UnixAddr::new(&hidden).with_context(context)?;
     let socket = socket(
         AddressFamily::Unix,
         SockType::Stream,
@@ -74,11 +88,16 @@ pub(super) fn open(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     // Before `bind`, which makes the file with the mode that the socket has.
     fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).with_context(context)?;
     bind(socket.as_raw_fd(), &address).with_context(context)?;
-    let file = SocketFile {
-        path: path.to_owned(),
-        identity: identity(path),
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(&hidden);
+    let mut file = SocketFile {
+        path: hidden,
+        file: opened.with_context(context)?,
     };
     listen(&socket, Backlog::new(128)?).with_context(context)?;
+    file.rename(path).with_context(context)?;
     Ok((UnixListener::from(socket), file))
 }
 

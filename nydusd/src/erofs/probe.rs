@@ -30,6 +30,8 @@ use super::sys::{self, FsContext, Mark};
 const BLOCK: usize = 4096;
 const CONTENT: u8 = 0x5a;
 const NAME: &str = "block";
+/// Bytes of the only entry of its chunk table.
+const CHUNK_ENTRY: u64 = 16;
 /// How long an event may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -146,7 +148,12 @@ fn image() -> anyhow::Result<Vec<u8>> {
         features: BlobFeatures::ALIGNED,
         compressed_size: size.into(),
         uncompressed_size: size.into(),
-        meta: MetaLocation::default(),
+        // The kernel does not look for the table that this describes.
+        meta: MetaLocation {
+            compressed_size: CHUNK_ENTRY,
+            uncompressed_size: CHUNK_ENTRY,
+            ..MetaLocation::default()
+        },
         toc_size: 0,
         toc_digest: Digest::default(),
         meta_blob_digest: Digest::default(),

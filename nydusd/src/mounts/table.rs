@@ -38,9 +38,11 @@ use crate::manager::Manager;
 use crate::manager::saved::{self as images, Origin};
 use crate::mountinfo;
 
-/// How long a mount that is busy is given: a process that just ended may hold its
-/// last descriptor for an instant.
-const BUSY_WAIT: Duration = Duration::from_millis(200);
+/// How long a mount that is busy is given: a process that just ended, or is about to
+/// start a program, may hold its last descriptor for an instant.
+const BUSY_WAIT: Duration = Duration::from_millis(50);
+/// How often it is given that.
+const BUSY_ATTEMPTS: u32 = 20;
 
 /// Lowest number that no process of ours uses for something lasting.
 const FIRST_FREE: i32 = process::CHANNEL;
@@ -606,7 +608,10 @@ impl Mount {
         }
         let flags = MntFlags::UMOUNT_NOFOLLOW;
         let mut result = umount2(&self.mountpoint, flags);
-        if result == Err(Errno::EBUSY) {
+        for _ in 0..BUSY_ATTEMPTS {
+            if result != Err(Errno::EBUSY) {
+                break;
+            }
             std::thread::sleep(BUSY_WAIT);
             result = umount2(&self.mountpoint, flags);
         }
