@@ -240,6 +240,7 @@ fn open_cache(
             min_free_percent: cache.min_free_percent,
         },
         memory: shared.memory(cache.memory),
+        cores: shared.cores(),
         slow_read: shared.slow_read(),
         ..Settings::default()
     };
@@ -267,6 +268,9 @@ pub(crate) fn open(source: Source, shared: &Shared) -> anyhow::Result<RafsFs> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    if !blobs.iter().all(|blob| blob.is_complete()) {
+        source.backend.warm();
+    }
     if let Some(gate) = gate {
         blobs.iter().for_each(|blob| blob.set_gate(gate.clone()));
     }

@@ -58,20 +58,20 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         .enable_all()
         .build()
         .context("cannot start the network runtime")?;
+    let metrics = Arc::default();
     let found = runtime.block_on(async {
         tokio::select! {
-            found = find(options, &reference, &platform, &store) => found,
+            found = find(options, &reference, &platform, &store, &metrics) => found,
             signal = stop.requested() => bail!("stopped by {signal}"),
         }
     });
     // Ends its threads; what is fetched later is the back end's business.
     drop(runtime);
-    let (bootstrap, access) = found?;
-    let metrics = Arc::default();
+    let (bootstrap, backend) = found?;
     Ok(Source {
         name: options.image.clone(),
         bootstrap,
-        backend: backend(&reference, &access, &metrics)?,
+        backend,
         limits: options.limits(),
         metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
@@ -80,22 +80,28 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
     })
 }
 
-/// The bootstrap, and how the registry was spoken to.
+/// The bootstrap, and where the blobs come from.
 async fn find(
     options: &MountOptions,
     reference: &ImageRef,
     platform: &Platform,
     store: &Store,
-) -> anyhow::Result<(PathBuf, Access)> {
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<(PathBuf, Arc<dyn Backend>)> {
     let access = Access {
         plain_http: options.plain_http,
         credentials: credentials_of(reference).await?,
     };
+    let backend = backend(reference, &access, metrics)?;
     let bootstrap = match store.known(reference, platform) {
         Some(path) => path,
-        None => pull(reference, platform, &access, store).await?,
+        None => {
+            // It will be needed as soon as this is done.
+            backend.warm();
+            pull(reference, platform, &access, store).await?
+        }
     };
-    Ok((bootstrap, access))
+    Ok((bootstrap, backend))
 }
 
 fn bootstrap_file(file: &Path, options: &MountOptions) -> anyhow::Result<Source> {
