@@ -15,6 +15,7 @@ mod fuse;
 mod limits;
 mod logging;
 mod mounts;
+mod names;
 mod prefetch;
 mod pull;
 mod record;
