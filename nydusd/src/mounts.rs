@@ -268,7 +268,8 @@ pub(crate) fn open(source: Source, shared: &Shared) -> anyhow::Result<RafsFs> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
-    if !blobs.iter().all(|blob| blob.is_complete()) {
+    // What was used before will probably do without the network.
+    if blobs.iter().all(|blob| blob.resident_chunks() == 0) {
         source.backend.warm();
     }
     if let Some(gate) = gate {

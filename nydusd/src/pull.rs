@@ -95,11 +95,7 @@ async fn find(
     let backend = backend(reference, &access, metrics)?;
     let bootstrap = match store.known(reference, platform) {
         Some(path) => path,
-        None => {
-            // It will be needed as soon as this is done.
-            backend.warm();
-            pull(reference, platform, &access, store).await?
-        }
+        None => pull(reference, platform, &access, store, &*backend).await?,
     };
     Ok((bootstrap, backend))
 }
@@ -161,6 +157,7 @@ async fn pull(
     platform: &Platform,
     access: &Access,
     store: &Store,
+    backend: &dyn Backend,
 ) -> anyhow::Result<PathBuf> {
     let images = Images::open(reference, access).await?;
     let image = find_nydus_manifest(&images, reference, platform).await?;
@@ -169,6 +166,8 @@ async fn pull(
     let bootstrap = match store.bootstrap(digest) {
         Some(path) => path,
         None => {
+            // It will be needed as soon as this is done.
+            backend.warm();
             let dir = store.scratch()?;
             let files = fetch_bootstrap(&images, &image, dir.path()).await?;
             store.keep(digest, dir, &files)?
