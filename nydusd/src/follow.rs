@@ -4,7 +4,7 @@
 //! away. The names are in the program, so they can all be fetched at once, and theirs
 //! ([`elf`](crate::elf)). A library is found by its file name alone, wherever it lies
 //! in the image: a wrong guess costs its bytes, nothing else. Interpreters do the same
-//! with modules ([`names`](crate::names)).
+//! with modules ([`names`]).
 //!
 //! Two background threads do the work: one hears what is read and looks into modules,
 //! which are there by then; the other looks into programs, which it may have to wait

@@ -5,7 +5,7 @@
 //! speculation, then prefetch. What nobody waits for gets a small part of the requests
 //! ([`Limits::ahead`]) and only the bandwidth that readers leave.
 //!
-//! How much of the background is on its way at a time depends on the link ([`Window`]):
+//! How much of the background is on its way at a time depends on the link (`Window`):
 //! enough to keep it busy, but not so much that a reader has to share it with a crowd.
 //!
 //! Promises: a reader never waits here for background work, except that with a limit of
