@@ -28,6 +28,7 @@ mod manager;
 mod metered;
 mod mountinfo;
 mod mounts;
+mod names;
 mod pool;
 mod prefetch;
 mod pull;

@@ -145,6 +145,10 @@ impl Backend for Metered {
         self.inner.place()
     }
 
+    fn warm(&self) {
+        self.inner.warm();
+    }
+
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
         self.inner.size(blob)
     }

@@ -258,6 +258,7 @@ fn open_cache(
             min_free_percent: cache.min_free_percent,
         },
         memory: shared.memory(cache.memory),
+        cores: shared.cores(),
         slow_read: shared.slow_read(),
         ..Settings::default()
     };
@@ -330,6 +331,10 @@ pub(crate) fn open(source: &Source, shared: &Shared) -> anyhow::Result<Opened> {
                 .with_context(|| format!("blob {}", info.id))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    // What was used before will probably do without the network.
+    if blobs.iter().all(|blob| blob.resident_chunks() == 0) {
+        source.backend.warm();
+    }
     if let Some(gate) = gate {
         blobs.iter().for_each(|blob| blob.set_gate(gate.clone()));
     }

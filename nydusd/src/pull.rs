@@ -59,20 +59,20 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         .enable_all()
         .build()
         .context("cannot start the network runtime")?;
+    let metrics = Arc::default();
     let found = runtime.block_on(async {
         tokio::select! {
-            found = find(options, &reference, &platform, &store) => found,
+            found = find(options, &reference, &platform, &store, &metrics) => found,
             signal = stop.requested() => bail!("stopped by {signal}"),
         }
     });
     // Ends its threads; what is fetched later is the back end's business.
     drop(runtime);
-    let (bootstrap, access) = found?;
-    let metrics = Arc::default();
+    let (bootstrap, backend) = found?;
     Ok(Source {
         name: options.image.clone(),
         bootstrap,
-        backend: backend(&reference, &access, &metrics)?,
+        backend,
         limits: options.limits(),
         metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
@@ -122,22 +122,24 @@ pub(crate) fn again(options: &MountOptions, bootstrap: PathBuf) -> anyhow::Resul
     })
 }
 
-/// The bootstrap, and how the registry was spoken to.
+/// The bootstrap, and where the blobs come from.
 async fn find(
     options: &MountOptions,
     reference: &ImageRef,
     platform: &Platform,
     store: &Store,
-) -> anyhow::Result<(PathBuf, Access)> {
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<(PathBuf, Arc<dyn Backend>)> {
     let access = Access {
         plain_http: options.plain_http,
         credentials: credentials_of(reference).await?,
     };
+    let backend = backend(reference, &access, metrics)?;
     let bootstrap = match store.known(reference, platform) {
         Some(path) => path,
-        None => pull(reference, platform, &access, store).await?,
+        None => pull(reference, platform, &access, store, &*backend).await?,
     };
-    Ok((bootstrap, access))
+    Ok((bootstrap, backend))
 }
 
 fn bootstrap_file(file: &Path, options: &MountOptions) -> anyhow::Result<Source> {
@@ -197,6 +199,7 @@ async fn pull(
     platform: &Platform,
     access: &Access,
     store: &Store,
+    backend: &dyn Backend,
 ) -> anyhow::Result<PathBuf> {
     let images = Images::open(reference, access).await?;
     let image = find_nydus_manifest(&images, reference, platform).await?;
@@ -205,6 +208,8 @@ async fn pull(
     let bootstrap = match store.bootstrap(digest) {
         Some(path) => path,
         None => {
+            // It will be needed as soon as this is done.
+            backend.warm();
             let dir = store.scratch()?;
             let files = fetch_bootstrap(&images, &image, dir.path()).await?;
             store.keep(digest, dir, &files)?

@@ -1,4 +1,5 @@
-//! What all images of the daemon share: memory for fetches, and the limits of servers.
+//! What all images of the daemon share: memory for fetches, turns at the processor, and
+//! the limits of servers.
 //!
 //! One [`Shared`] is made per process and handed to whoever opens images, so that two
 //! mounts together take no more than one.
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use storage::backend::Backend;
 use storage::budget::Budget;
+use storage::cores::Cores;
 use storage::gate::{Gate, Gates, Limits};
 
 /// Limits of the process. Cheap to clone; clones are the same limits.
@@ -15,6 +17,7 @@ use storage::gate::{Gate, Gates, Limits};
 pub(crate) struct Shared {
     slow_read: Option<Duration>,
     memory: Arc<OnceLock<Budget>>,
+    cores: Cores,
     gates: Gates,
 }
 
@@ -39,6 +42,11 @@ impl Shared {
         let memory = self.memory.get_or_init(|| Budget::new(bytes));
         memory.raise(bytes);
         memory.clone()
+    }
+
+    /// Turns at the processor for all images.
+    pub(crate) fn cores(&self) -> Cores {
+        self.cores.clone()
     }
 
     /// The gate of the server that `backend` asks; `None` for one without a server.

@@ -85,6 +85,11 @@ pub trait Backend: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Gets ready for the first requests in the background: opens connections, logs in;
+    /// once, however often it is called.
+    /// What goes wrong is left to the first request.
+    fn warm(&self) {}
+
     /// Length of the stored blob, in bytes.
     ///
     /// # Errors

@@ -228,6 +228,16 @@ impl Blob {
         }
     }
 
+    /// Tells the observer what a reader has found.
+    fn tell(&self, spans: &[ChunkSpan], priority: Priority) {
+        if priority == Priority::OnDemand
+            && let Some(observer) = self.observer.get()
+            && !self.is_complete()
+        {
+            spans.iter().for_each(|span| observer.read(span.chunk));
+        }
+    }
+
     /// Whether the cache has room for what nobody waits for.
     pub(crate) fn has_room(&self) -> bool {
         self.cache.has_room()
@@ -261,6 +271,7 @@ impl Blob {
         }
         if spans.iter().all(|span| self.is_span_resident(span)) {
             self.hit(priority);
+            self.tell(spans, priority);
             return Ok(());
         }
         let table = self.table(priority)?;
@@ -343,7 +354,7 @@ impl Blob {
         let _ = self.gate.set(gate);
     }
 
-    /// Has `observer` told of misses. Only the first call has an effect.
+    /// Has `observer` told of readers. Only the first call has an effect.
     pub fn set_observer(&self, observer: Arc<dyn Observer>) {
         let _ = self.observer.set(observer);
     }
@@ -408,6 +419,7 @@ impl Blob {
             state: &self.fill,
             metrics: self.cache.metrics(),
             memory: self.cache.memory(),
+            cores: self.cache.cores(),
             gate: self.gate.get(),
             slow_read: self.cache.slow_read(),
         }
@@ -523,6 +535,24 @@ impl Blob {
             if let Some(table) = self.table.get() {
                 return Ok(table);
             }
+            if let Some(flight) = self.table_flight.get(TABLE) {
+                match flight.wait(start + WAIT_LIMIT, &self.fill.stopped) {
+                    None => return Err(self.no_table(start.elapsed())),
+                    Some(Outcome::Failed(_)) if flight.priority < priority => {}
+                    Some(Outcome::Failed(error)) => return Err(error),
+                    Some(_) => {}
+                }
+                continue;
+            }
+            // Before the claim: nobody waits for one who waits for his turn.
+            let _pass = match self.gate.get() {
+                None => None,
+                Some(gate) => {
+                    let (bytes, stop) = (self.info.meta.compressed_size, &self.fill.stopped);
+                    let pass = gate.enter(bytes, priority, start + WAIT_LIMIT, stop);
+                    Some(pass.ok_or_else(|| self.no_table(start.elapsed()))?)
+                }
+            };
             let done = |_| self.table.get().is_some();
             if let Some(claim) = self.table_flight.claim([TABLE], priority, done).pop() {
                 let fetched = table::fetch(&self.cache, &self.info, &*self.backend, priority);
@@ -535,13 +565,6 @@ impl Blob {
                         .map_or_else(Outcome::Failed, |()| Outcome::Stored),
                 );
                 result?;
-            } else if let Some(flight) = self.table_flight.get(TABLE) {
-                match flight.wait(start + WAIT_LIMIT, &self.fill.stopped) {
-                    None => return Err(self.no_table(start.elapsed())),
-                    Some(Outcome::Failed(_)) if flight.priority < priority => {}
-                    Some(Outcome::Failed(error)) => return Err(error),
-                    Some(_) => {}
-                }
             }
         }
         Err(ReadError::Abandoned {

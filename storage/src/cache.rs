@@ -35,6 +35,7 @@ pub(crate) use locks::ChunkLock;
 
 use crate::blob_id::BlobId;
 use crate::budget::Budget;
+use crate::cores::Cores;
 use crate::metrics::Metrics;
 use crate::ready_map::BootId;
 use crate::sync::{Arc, AtomicU64, Ordering};
@@ -77,6 +78,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Memory for fetches; give all directories of a process the same.
     pub memory: Budget,
+    /// Turns at the processor; give all directories of a process the same.
+    pub cores: Cores,
     /// A read that waits longer is logged, with chunk and source.
     pub slow_read: Duration,
     /// The run of the machine, if it is not what the system says: for tests.
@@ -89,6 +92,7 @@ impl Default for Settings {
             metrics: Arc::default(),
             limits: Limits::default(),
             memory: Budget::default(),
+            cores: Cores::default(),
             slow_read: Duration::from_secs(1),
             boot: None,
         }
@@ -191,6 +195,11 @@ impl CacheDir {
     /// Memory for fetches into this directory.
     pub(crate) fn memory(&self) -> &Budget {
         &self.0.settings.memory
+    }
+
+    /// Turns at the processor for what is fetched into this directory.
+    pub(crate) fn cores(&self) -> &Cores {
+        &self.0.settings.cores
     }
 
     /// The file with the uncompressed address space of a blob. An image that

@@ -13,7 +13,8 @@
 //! ready unverified; no lock is held during network or disk I/O; a failure leaves
 //! no trace, and stays with the chunks it concerns.
 //!
-//! The work runs on the caller's thread. Memory per caller: one request of at most
+//! The work runs on the caller's thread; [`Cores`] bounds how many decode and verify at
+//! a time. Memory per caller: one request of at most
 //! 4 MiB (or one piece, at most 32 MiB) and its largest decoded piece; of all callers
 //! together: what the [`Budget`] allows.
 
@@ -44,6 +45,7 @@ use crate::blob_id::BlobId;
 use crate::blob_info::BlobInfo;
 use crate::budget::{Budget, Grant};
 use crate::cache::BlobFiles;
+use crate::cores::Cores;
 use crate::digest::{ChunkDigests, Digest};
 use crate::error::ReadError;
 use crate::format::FormatError;
@@ -83,6 +85,7 @@ pub(crate) struct Filler<'a> {
     pub(crate) state: &'a FillState,
     pub(crate) metrics: &'a Metrics,
     pub(crate) memory: &'a Budget,
+    pub(crate) cores: &'a Cores,
     /// `None` for a source that has no limits.
     pub(crate) gate: Option<&'a Gate>,
     pub(crate) slow_read: Duration,
@@ -436,7 +439,7 @@ impl<'a> Filler<'a> {
         use std::os::unix::fs::FileExt as _;
         let mut bytes = vec![0; usize_of(member.size)];
         data.read_exact_at(&mut bytes, member.plain.start).is_ok()
-            && self.verify(member, &bytes).is_ok()
+            && self.cores.run(|| self.verify(member, &bytes).is_ok())
     }
 
     /// Fetches one unit. If it fails because part of its range does not exist, the

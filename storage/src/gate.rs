@@ -5,6 +5,9 @@
 //! speculation, then prefetch. What nobody waits for gets a small part of the requests
 //! ([`Limits::ahead`]) and only the bandwidth that readers leave.
 //!
+//! How much of the background is on its way at a time depends on the link (`Window`):
+//! enough to keep it busy, but not so much that a reader has to share it with a crowd.
+//!
 //! Promises: a reader never waits here for background work, except that with a limit of
 //! one request he waits for the end of that one; background work that waits has not
 //! claimed a chunk yet, so nobody waits for it; every wait has a deadline.
@@ -24,6 +27,18 @@ const TICK: Duration = Duration::from_millis(500);
 /// and without some slack every delay would be lost for good.
 const SLACK: Duration = Duration::from_millis(50);
 
+/// Bytes of the background on their way at a time: at the start, and the least and most.
+const FIRST_WINDOW: u64 = 2 << 20;
+const LEAST_WINDOW: u64 = 512 << 10;
+const MOST_WINDOW: u64 = 16 << 20;
+
+/// The same while the answer to a reader is on its way.
+const BESIDE_READERS: u64 = 384 << 10;
+
+/// A request of the background may take this much longer than the quickest did, times
+/// two: whatever is beyond that waits in some queue, where readers will wait, too.
+const TOLERANCE: Duration = Duration::from_millis(60);
+
 /// What a server is asked for by one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -38,11 +53,11 @@ pub struct Limits {
 
 impl Default for Limits {
     /// As many requests as a start of many programs makes; ahead of them enough to fill
-    /// a link of 1 Gbit/s and 40 ms with requests of 1 MiB.
+    /// a link of 100 Mbit/s and 50 ms with requests of 20 KiB.
     fn default() -> Self {
         Self {
             requests: 64,
-            ahead: 8,
+            ahead: 32,
             bandwidth: 0,
         }
     }
@@ -101,6 +116,7 @@ struct State {
     running: usize,
     /// Of these, for background work.
     ahead: usize,
+    window: Window,
     next_ticket: u64,
     /// Tickets of those who wait, in order; the most urgent queue first.
     waiting: [VecDeque<u64>; 3],
@@ -109,11 +125,60 @@ struct State {
     all_until: Instant,
 }
 
+/// How many bytes the background may have on their way: as many as the link takes
+/// without a queue. Requests that take long make it smaller, quick ones larger.
+#[derive(Debug)]
+struct Window {
+    size: u64,
+    used: u64,
+    /// How long the quickest took.
+    quickest: Duration,
+}
+
+impl Window {
+    fn new() -> Self {
+        Self {
+            size: FIRST_WINDOW,
+            used: 0,
+            quickest: Duration::MAX,
+        }
+    }
+
+    /// Whether so many bytes more may be on their way; one request always may.
+    ///
+    /// * `readers`: whether somebody's answer is on its way, too.
+    fn has_room(&self, bytes: u64, readers: bool) -> bool {
+        let size = if readers { BESIDE_READERS } else { self.size };
+        self.used == 0 || self.used.saturating_add(bytes) <= size
+    }
+
+    /// Takes note of a request that has ended.
+    fn ended(&mut self, bytes: u64, time: Duration) {
+        // What takes long although hardly anything is on its way is no queue of ours:
+        // the server, or the way to it, has become slower.
+        if self.size == LEAST_WINDOW {
+            self.quickest = self.quickest.saturating_add(self.quickest / 16);
+        }
+        self.quickest = self.quickest.min(time);
+        let limit = self.quickest.saturating_add(TOLERANCE).saturating_mul(2);
+        let full = self.used.saturating_mul(2) > self.size;
+        self.used = self.used.saturating_sub(bytes);
+        if time > limit {
+            self.size = self.size.saturating_sub(bytes / 2);
+        } else if full {
+            self.size = self.size.saturating_add(bytes / 2);
+        }
+        self.size = self.size.clamp(LEAST_WINDOW, MOST_WINDOW);
+    }
+}
+
 /// A request that may be made, until dropped.
 #[derive(Debug)]
 pub struct Pass {
     gate: Gate,
     priority: Priority,
+    bytes: u64,
+    began: Instant,
 }
 
 impl fmt::Debug for Gate {
@@ -136,6 +201,7 @@ impl Gate {
                 limits: limits.checked(),
                 running: 0,
                 ahead: 0,
+                window: Window::new(),
                 next_ticket: 0,
                 waiting: Default::default(),
                 readers_until: now,
@@ -186,7 +252,7 @@ impl Gate {
         state.queue(priority).push_back(ticket);
         loop {
             let now = Instant::now();
-            let pause = match state.obstacle(ticket, priority, now) {
+            let pause = match state.obstacle(ticket, (bytes, priority), now) {
                 None => break,
                 Some(pause) => pause,
             };
@@ -206,6 +272,8 @@ impl Gate {
         Some(Pass {
             gate: self.clone(),
             priority,
+            bytes,
+            began: Instant::now(),
         })
     }
 }
@@ -221,14 +289,21 @@ impl State {
     }
 
     /// How long to wait before it makes sense to look again; `None` for no obstacle.
-    fn obstacle(&self, ticket: u64, priority: Priority, now: Instant) -> Option<Duration> {
+    fn obstacle(
+        &self,
+        ticket: u64,
+        (bytes, priority): (u64, Priority),
+        now: Instant,
+    ) -> Option<Duration> {
         let first = self.waiting.iter().find_map(VecDeque::front);
         if first != Some(&ticket) || self.running >= self.limits.requests {
             return Some(TICK);
         }
         let until = if priority == Priority::OnDemand {
             self.readers_until
-        } else if self.ahead >= self.limits.ahead {
+        } else if self.ahead >= self.limits.ahead
+            || !self.window.has_room(bytes, self.running > self.ahead)
+        {
             return Some(TICK);
         } else {
             self.all_until
@@ -251,6 +326,7 @@ impl State {
             self.readers_until = later(self.readers_until);
         } else {
             self.ahead += 1;
+            self.window.used = self.window.used.saturating_add(bytes);
         }
     }
 }
@@ -261,6 +337,7 @@ impl Drop for Pass {
         state.running -= 1;
         if self.priority != Priority::OnDemand {
             state.ahead -= 1;
+            state.window.ended(self.bytes, self.began.elapsed());
         }
         drop(state);
         self.gate.0.changed.notify_all();

@@ -32,6 +32,7 @@ pub mod budget;
 pub mod cache;
 pub mod chunk;
 pub mod codec;
+pub mod cores;
 pub mod digest;
 pub mod error;
 pub mod fill;

@@ -42,10 +42,11 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// Few and short steps: they share the link with readers who wait.
+    /// Short steps, since readers may wait for them, and so many that even small files keep
+    /// the link busy: how many bytes are on their way is up to the [`gate`](crate::gate).
     fn default() -> Self {
         Self {
-            threads: 3,
+            threads: 16,
             step: 1 << 20,
             bandwidth: 0,
         }
@@ -164,7 +165,10 @@ impl Prefetch {
             }),
             changed: Condvar::new(),
         });
-        for _ in 0..settings.threads.max(1) {
+        let threads = settings
+            .threads
+            .clamp(1, lock(&shared.work).steps.len().max(1));
+        for _ in 0..threads {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name("prefetch".to_owned());
             if let Err(error) = thread.spawn(move || shared.work()) {

@@ -45,9 +45,9 @@ const SMALL: u64 = 128 << 10;
 /// What the first miss in a neighbourhood is granted, if all of it is no larger than
 /// that, and what the second one is granted; in bytes of the uncompressed address space.
 const FIRST: u64 = 512 << 10;
-const SECOND: u64 = 2 << 20;
+const SECOND: u64 = 1 << 20;
 /// The same for every further miss.
-const FURTHER: u64 = 4 << 20;
+const FURTHER: u64 = 1 << 20;
 
 /// Misses remembered for each blob.
 const MISSES: usize = 64;
@@ -55,9 +55,9 @@ const MISSES: usize = 64;
 /// Guesses that may wait; the oldest are forgotten.
 const QUEUE: usize = 256;
 
-/// Background threads, each with one request at a time: enough to fill the link while
-/// a reader's request is on its way, too few to slow its answer down much.
-const THREADS: usize = 3;
+/// Background threads, each with one request at a time: enough for the small files of a
+/// directory to fill the link. The [`gate`](crate::gate) sees to it that readers find room.
+const THREADS: usize = 8;
 
 /// Runs of chunks of a blob that belong together, like the files of a directory.
 #[derive(Clone, Debug, Default)]
@@ -106,10 +106,14 @@ impl Neighbourhoods {
     }
 }
 
-/// Hears of misses, to guess better than the numbers of chunks allow.
+/// Hears of readers, to guess better than the numbers of chunks allow. Must not block.
 pub trait Observer: Send + Sync + std::fmt::Debug {
-    /// A reader is about to fetch `chunk`. Must not block.
+    /// A reader is about to fetch `chunk`.
     fn missed(&self, chunk: ChunkIndex);
+
+    /// A reader found `chunk`, perhaps after he had to fetch it. Not told of blobs that
+    /// are complete.
+    fn read(&self, _chunk: ChunkIndex) {}
 }
 
 /// The latest misses of one blob.

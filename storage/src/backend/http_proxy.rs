@@ -21,7 +21,7 @@ use url::Url;
 use super::bridge::Output;
 use super::registry::answer::{self, Body, public_name, status_error, timed_out, transport};
 use super::registry::hedge::{Latency, Route};
-use super::registry::retry::{Attempts, Failure};
+use super::registry::retry::{Attempts, Failure, Pause};
 use super::registry::transfer::{Source, stream, transfer};
 use super::registry::{RetryLimits, Timeouts};
 use super::{Backend, BackendError, Fetch, Sink, bridge};
@@ -95,6 +95,7 @@ struct Client {
     retry: RetryLimits,
     metrics: Arc<Metrics>,
     latency: Latency,
+    pause: Pause,
 }
 
 impl HttpProxyBackend {
@@ -129,6 +130,7 @@ impl HttpProxyBackend {
             retry: config.retry,
             metrics,
             latency: Latency::default(),
+            pause: Pause::default(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -203,6 +205,10 @@ impl Source for Client {
 
     fn latency(&self) -> &Latency {
         &self.latency
+    }
+
+    fn pause(&self) -> &Pause {
+        &self.pause
     }
 }
 

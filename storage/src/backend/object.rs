@@ -25,7 +25,7 @@ use super::bridge::Output;
 use super::registry::answer::{self, public_name, status_error, timed_out, transport};
 use super::registry::hedge::{Latency, Route};
 use super::registry::redirects::Redirects;
-use super::registry::retry::{Attempts, Failure};
+use super::registry::retry::{Attempts, Failure, Pause};
 use super::registry::tls::{Tls, http_client};
 use super::registry::transfer::{Source, stream, transfer};
 use super::registry::{RetryLimits, Scheme, Timeouts};
@@ -172,6 +172,7 @@ struct Client {
     retry: RetryLimits,
     metrics: Arc<Metrics>,
     latency: Latency,
+    pause: Pause,
 }
 
 impl ObjectBackend {
@@ -210,6 +211,7 @@ impl ObjectBackend {
             retry: config.retry,
             metrics,
             latency: Latency::default(),
+            pause: Pause::default(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(THREADS)
@@ -284,6 +286,10 @@ impl Source for Client {
 
     fn latency(&self) -> &Latency {
         &self.latency
+    }
+
+    fn pause(&self) -> &Pause {
+        &self.pause
     }
 }
 

@@ -44,14 +44,18 @@ pub use retry::RetryLimits;
 
 use endpoint::Endpoint;
 use hedge::Latency;
+use retry::Pause;
 
 use super::{Backend, BackendError, Fetch, Sink, bridge};
 use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicBool, Ordering};
 
 /// Threads of the runtime. They move bytes and do TLS; decoding is done elsewhere.
 const THREADS: usize = 2;
+
+/// Connections that are opened in advance: a start makes a few requests at once.
+const WARM_CONNECTIONS: usize = 3;
 
 /// A repository of a registry. Must be used from threads that may block, which
 /// tasks of an asynchronous runtime may not.
@@ -78,6 +82,9 @@ struct Client {
     retry: RetryLimits,
     metrics: Arc<Metrics>,
     latency: Latency,
+    pause: Pause,
+    /// [`Backend::warm`] was called.
+    warm: AtomicBool,
 }
 
 impl RegistryBackend {
@@ -108,6 +115,8 @@ impl RegistryBackend {
             retry: config.retry,
             metrics,
             latency: Latency::default(),
+            pause: Pause::default(),
+            warm: AtomicBool::default(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(THREADS)
@@ -165,6 +174,17 @@ impl Backend for RegistryBackend {
         // Of all repositories: it is the host that has limits.
         let base = &self.client.origin.base;
         Some(base.origin().ascii_serialization())
+    }
+
+    fn warm(&self) {
+        let Ok(runtime) = self.runtime() else { return };
+        if self.client.warm.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        for _ in 0..WARM_CONNECTIONS {
+            let client = Arc::clone(&self.client);
+            runtime.spawn(async move { client.greet().await });
+        }
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {

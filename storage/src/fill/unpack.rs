@@ -135,19 +135,18 @@ impl<'a> Filler<'a> {
         scratch: &mut Vec<u8>,
         request: &mut Request<'_>,
     ) {
-        let decoded = match self.decode(&job, stored, scratch) {
-            Ok(decoded) => decoded,
+        let checked = self
+            .cores
+            .run(|| self.decode_and_verify(&job, stored, scratch));
+        let checked = match checked {
+            Ok(checked) => checked,
             Err(error) => {
                 super::add(&self.metrics.verify_failures, as_u64(job.chunks.len()));
                 return job.fail(&error, request);
             }
         };
-        for (member, claim) in job.chunks {
-            let start = super::usize_of(member.within);
-            let bytes = decoded
-                .get(start..)
-                .and_then(|rest| rest.get(..super::usize_of(member.size)));
-            let outcome = match self.verify(&member, bytes.unwrap_or_default()) {
+        for ((member, claim), bytes) in job.chunks.into_iter().zip(checked) {
+            let outcome = match bytes {
                 Ok(bytes) => self.publish(&member, bytes),
                 Err(error) => {
                     super::add(&self.metrics.verify_failures, 1);
@@ -156,6 +155,26 @@ impl<'a> Filler<'a> {
             };
             request.land(claim, outcome);
         }
+    }
+
+    /// The bytes of each of the job's chunks, or what is wrong with them.
+    ///
+    /// # Errors
+    /// The job as a whole cannot be decoded.
+    fn decode_and_verify<'b>(
+        &self,
+        job: &Job<'_>,
+        stored: &'b [u8],
+        scratch: &'b mut Vec<u8>,
+    ) -> Result<Vec<Result<&'b [u8], ReadError>>, ReadError> {
+        let decoded = self.decode(job, stored, scratch)?;
+        let bytes = |member: &Member| {
+            let rest = decoded.get(super::usize_of(member.within)..)?;
+            rest.get(..super::usize_of(member.size))
+        };
+        let verify =
+            |(member, _): &(Member, Claim<'_>)| self.verify(member, bytes(member).unwrap_or(&[]));
+        Ok(job.chunks.iter().map(verify).collect())
     }
 
     fn decode<'b>(

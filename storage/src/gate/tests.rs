@@ -42,6 +42,75 @@ fn background_work_leaves_room_for_readers() {
 }
 
 #[test]
+fn the_background_has_only_so_many_bytes_on_their_way() {
+    let gate = gate(64, 32, 0);
+    let enter = |bytes| gate.enter(bytes, Priority::Prefetch, soon(), &GO);
+    // One may be as large as it is.
+    let huge = enter(MOST_WINDOW * 2).unwrap();
+    assert!(enter(1).is_none());
+    // No reader is kept waiting for it.
+    assert!(
+        gate.enter(MOST_WINDOW, Priority::OnDemand, soon(), &GO)
+            .is_some()
+    );
+    drop(huge);
+    let half = [
+        enter(LEAST_WINDOW / 2).unwrap(),
+        enter(LEAST_WINDOW / 2).unwrap(),
+    ];
+    assert!(enter(MOST_WINDOW).is_none());
+    drop(half);
+    assert_eq!(lock(&gate.0.state).window.used, 0);
+}
+
+/// Requests of `bytes` over a link of `rate` bytes per second and `delay`, as many at a
+/// time as the window allows: the window that comes of it.
+fn settled(bytes: u64, rate: u64, delay: Duration) -> u64 {
+    let mut window = Window::new();
+    let (mut sent, mut free_at) = (VecDeque::new(), Duration::ZERO);
+    let mut now = Duration::ZERO;
+    for _ in 0..5000 {
+        while window.has_room(bytes, false) {
+            window.used += bytes;
+            free_at = free_at.max(now) + Duration::from_nanos(bytes * 1_000_000_000 / rate);
+            sent.push_back((now, free_at + delay));
+        }
+        let (began, ended) = sent.pop_front().unwrap();
+        now = now.max(ended);
+        window.ended(bytes, ended - began);
+    }
+    window.size
+}
+
+#[test]
+fn the_window_follows_the_link() {
+    const MEGABIT: u64 = 125_000;
+    let ms = Duration::from_millis;
+    for (rate, delay) in [
+        (20, 5),
+        (100, 20),
+        (100, 100),
+        (1000, 20),
+        (1000, 40),
+        (200, 150),
+    ] {
+        for bytes in [20 << 10, 128 << 10, 512 << 10] {
+            let window = settled(bytes, rate * MEGABIT, ms(delay));
+            let name = format!("{rate} Mbit/s, {delay} ms, {bytes} bytes: {window}");
+            // Enough for the link to be busy.
+            let needed = rate * MEGABIT * delay / 1000 + bytes;
+            assert!(window >= needed.min(MOST_WINDOW), "{name}");
+            // And not so much that a reader waits for long.
+            let queue = window.saturating_sub(needed).max(1) * 1000 / (rate * MEGABIT);
+            // Of which what is always on its way takes a part.
+            let least = (LEAST_WINDOW + bytes) * 1000 / (rate * MEGABIT);
+            let tolerated = 2 * (delay + 60 + least);
+            assert!(queue <= tolerated, "{name}: {queue} ms");
+        }
+    }
+}
+
+#[test]
 fn with_one_request_a_reader_is_next() {
     let gate = gate(1, 1, 0);
     let running = gate.enter(1, Priority::Prefetch, soon(), &GO).unwrap();

@@ -166,7 +166,7 @@ impl Registry {
             match self
                 .inner
                 .clients
-                .pull
+                .pull()?
                 .blob_exists(&self.inner.reference, digest.as_str())
                 .await
             {
@@ -211,13 +211,23 @@ impl Registry {
         let at = self.manifest_url(target);
         let at = at.as_str();
         retry::run(at, "fetching the manifest", |attempt: Attempt| async move {
-            let authorization = self
-                .login(RegistryOperation::Pull, attempt.renew_login)
-                .await?;
-            let request = self
-                .request(Method::GET, at, authorization)
-                .header(header::ACCEPT, ACCEPTED.join(", "));
-            let response = request.send().await.map_err(Failure::of_request)?;
+            let send = |authorization| {
+                let request = self.request(Method::GET, at, authorization);
+                let request = request.header(header::ACCEPT, ACCEPTED.join(", "));
+                async { request.send().await.map_err(Failure::of_request) }
+            };
+            let login = self.login(RegistryOperation::Pull, attempt.renew_login);
+            // A round trip less where anybody may pull.
+            let (login, early) = if self.inner.login.may_need_nothing().await {
+                let (login, early) = tokio::join!(login, send(None));
+                (login?, Some(early))
+            } else {
+                (login.await?, None)
+            };
+            let response = match early.filter(|_| login.is_none()) {
+                Some(early) => early?,
+                None => send(login).await?,
+            };
             if response.status() != StatusCode::OK {
                 return Err(refusal(response.status(), response).await);
             }

@@ -61,6 +61,11 @@ impl Health {
         }
     }
 
+    /// Whether nothing bad is known about it.
+    pub(super) fn is_well(&self) -> bool {
+        lock(&self.state).down.is_none()
+    }
+
     pub(super) fn succeeded(&self) {
         let mut state = lock(&self.state);
         state.failures = 0;

@@ -26,6 +26,9 @@ const MAX_REDIRECTS: u32 = 5;
 /// turned out to be stale, and one if the credentials themselves had to be replaced.
 const MAX_CHALLENGES: u32 = 3;
 
+/// Most bytes of an answer that nobody wants.
+const MAX_GREETING: usize = 64 << 10;
+
 impl Client {
     /// Sends a request for a blob and returns the answer (200 or 206) and its URL.
     ///
@@ -82,6 +85,28 @@ impl Client {
                 endpoint.redirects.forget(blob, url);
                 Ok(None)
             }
+        }
+    }
+
+    /// Asks the first server that is well whether it is there, and answers what it
+    /// demands. That leaves an open connection, and a token where one is needed.
+    pub(super) async fn greet(&self) {
+        let well = |mirror: &&Endpoint| mirror.health.as_ref().is_none_or(|it| it.is_well());
+        let first = self.mirrors.iter().find(well).unwrap_or(&self.origin);
+        let Ok(url) = first.base.join("/v2/") else {
+            return;
+        };
+        match self.open_at(first, &Method::GET, url, &(0..1)).await {
+            Ok((_, mut answer)) => {
+                // The connection is free again once the answer has been read.
+                let mut left = MAX_GREETING;
+                while let Ok(Some(piece)) = answer.chunk().await
+                    && piece.len() < left
+                {
+                    left -= piece.len();
+                }
+            }
+            Err(failure) => tracing::debug!("no early connection: {}", failure.error),
         }
     }
 

@@ -1,4 +1,7 @@
 //! Which failures are worth another attempt, and when it is made.
+//!
+//! A server that names a time to come back ([`Again::After`]) means all of us, so nobody
+//! asks it until then ([`Pause`]).
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -8,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::backend::BackendError;
 use crate::metrics::{Metrics, add};
+use crate::sync::{Mutex, lock};
 
 /// How often and when to try again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +69,35 @@ impl Failure {
         Self {
             error,
             again: Again::Later,
+        }
+    }
+}
+
+/// The time until which a server wants to be left alone.
+#[derive(Debug, Default)]
+pub(in crate::backend) struct Pause(Mutex<Option<Instant>>);
+
+impl Pause {
+    /// Notes what an answer said; an earlier answer that asked for more still counts.
+    pub(in crate::backend) fn heed(&self, failure: &Failure, limits: &RetryLimits) {
+        let Again::After(time) = failure.again else {
+            return;
+        };
+        let until = Instant::now().checked_add(time.min(limits.max_retry_after));
+        let mut pause = lock(&self.0);
+        *pause = (*pause).max(until);
+    }
+
+    /// Waits for its end, and a little longer: all that wait should not come at once.
+    pub(in crate::backend) async fn over(&self, limits: &RetryLimits) {
+        loop {
+            let until = *lock(&self.0);
+            match until.filter(|until| *until > Instant::now()) {
+                None => return,
+                Some(until) => {
+                    tokio::time::sleep_until(until + jitter(limits.first_delay)).await;
+                }
+            }
         }
     }
 }

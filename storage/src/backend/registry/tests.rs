@@ -10,7 +10,7 @@ use super::*;
 use crate::backend::Stop;
 use crate::backend::{Priority, fetch_to_vec};
 use crate::codec::as_u64;
-use crate::sync::{Ordering, lock};
+use crate::sync::{AtomicU64, Ordering, lock};
 
 const PASSWORD: &str = "hunter2";
 
@@ -160,6 +160,34 @@ fn a_server_in_trouble_is_asked_again_later() {
     expect(&RegistryBackend::new(config).unwrap(), 5..5000);
     let elapsed = start.elapsed();
     assert!((2.2..15.0).contains(&elapsed.as_secs_f64()), "{elapsed:?}");
+}
+
+#[test]
+fn a_server_that_asks_for_a_pause_is_asked_by_nobody() {
+    let first = Arc::new(AtomicU64::new(0));
+    let seen = Arc::clone(&first);
+    let began = Instant::now();
+    let server = Server::new(move |request, number| match number {
+        0 => Reply::new(429, Vec::new()).with("retry-after", "1"),
+        _ => {
+            let now = u64::try_from(began.elapsed().as_millis()).unwrap();
+            let _ = seen.compare_exchange(0, now, Ordering::SeqCst, Ordering::SeqCst);
+            Reply::range(request, &data())
+        }
+    });
+    let backend = backend(&server);
+    std::thread::scope(|scope| {
+        scope.spawn(|| expect(&backend, 0..5000));
+        while server.requests().is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // The answer is on its way.
+        std::thread::sleep(Duration::from_millis(300));
+        expect(&backend, 5000..6000);
+    });
+    assert_eq!(server.requests().len(), 3);
+    let first = first.load(Ordering::SeqCst);
+    assert!(first >= 990, "asked again after {first} ms");
 }
 
 #[test]

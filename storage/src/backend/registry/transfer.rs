@@ -14,7 +14,7 @@ use super::config::Timeouts;
 use super::endpoint::Endpoint;
 use super::health::Health;
 use super::hedge::{self, Latency, Route};
-use super::retry::{Attempts, Failure, RetryLimits};
+use super::retry::{Attempts, Failure, Pause, RetryLimits};
 use crate::backend::bridge::Output;
 use crate::backend::{BackendError, Priority};
 use crate::blob_id::BlobId;
@@ -53,6 +53,14 @@ pub(in crate::backend) trait Source: Sync {
     /// What is known about how long answers take.
     fn latency(&self) -> &Latency;
 
+    /// What the server that is asked last said about when to come back.
+    fn pause(&self) -> &Pause;
+
+    /// Whether there is somebody else to ask during that pause.
+    fn has_others(&self) -> bool {
+        false
+    }
+
     /// The server on this route was slower than another one that was asked later.
     fn lost(&self, _route: &Route) {}
 }
@@ -73,6 +81,9 @@ pub(in crate::backend) async fn transfer(
     let mut at = range.start;
     let work = async {
         while at < range.end {
+            if !source.has_others() {
+                source.pause().over(retry).await;
+            }
             let before = at;
             let result = if priority == Priority::OnDemand {
                 hedge::attempt(source, blob, &mut at, range.end, &out).await
@@ -81,6 +92,7 @@ pub(in crate::backend) async fn transfer(
                 source.attempt(blob, &mut at, range.end, &route, &out).await
             };
             if let Err(failure) = result {
+                source.pause().heed(&failure, retry);
                 attempts.after(failure, at - before >= PROGRESS).await?;
             }
         }
@@ -138,6 +150,15 @@ impl Source for Client {
 
     fn latency(&self) -> &Latency {
         &self.latency
+    }
+
+    fn pause(&self) -> &Pause {
+        &self.pause
+    }
+
+    fn has_others(&self) -> bool {
+        let well = |mirror: &Endpoint| mirror.health.as_ref().is_some_and(|it| it.is_well());
+        self.mirrors.iter().any(well)
     }
 
     /// A mirror that is often slow is left alone like one that fails.

@@ -49,6 +49,12 @@ impl Login {
         }
     }
 
+    /// Whether it is worth a try to send nothing along, while the registry is asked what
+    /// it wants: so far nobody knows, and there is nothing to send without asking.
+    pub(super) async fn may_need_nothing(&self) -> bool {
+        matches!(self.credentials, Credentials::Anonymous) && self.state.lock().await.pull.is_none()
+    }
+
     /// Logs in for `op`, unless that has happened and `renew` is not set.
     pub(super) async fn authorize(
         &self,
@@ -81,8 +87,8 @@ impl Login {
             return Ok(None);
         };
         let client = match op {
-            RegistryOperation::Pull => &inner.clients.pull,
-            RegistryOperation::Push => &inner.clients.push,
+            RegistryOperation::Pull => inner.clients.pull()?,
+            RegistryOperation::Push => inner.clients.push()?,
         };
         let auth = match &self.credentials {
             Credentials::Anonymous => RegistryAuth::Anonymous,

@@ -7,13 +7,13 @@
 //! Promises: `Ok(None)` is returned only after the length and digest were right.
 
 use bytes::{Buf as _, Bytes};
-use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use oci_client::RegistryOperation;
-use oci_client::client::{BlobResponse, LayerDescriptor};
+use reqwest::{Method, StatusCode, header};
 
-use super::Registry;
 use super::retry::{self, ATTEMPTS, Attempt, Failure};
+use super::{Registry, refusal};
 use crate::oci::content::{Verifier, byte_len};
 use crate::oci::error::OciError;
 use crate::oci::manifest::Descriptor;
@@ -137,35 +137,25 @@ async fn connect(
     offset: u64,
 ) -> Result<(Body, u64), OciError> {
     let answer = retry::run(at, "the download", |attempt: Attempt| async move {
-        let inner = &registry.inner;
-        registry
+        let authorization = registry
             .login(RegistryOperation::Pull, attempt.renew_login)
             .await?;
-        let urls = None;
-        let layer = LayerDescriptor {
-            digest: descriptor.digest.as_str(),
-            urls: &urls,
+        let mut request = registry
+            .request(Method::GET, at, authorization)
+            // Digest and ranges are those of the blob, not of an encoding of it.
+            .header(header::ACCEPT_ENCODING, "identity");
+        if offset > 0 {
+            request = request.header(header::RANGE, format!("bytes={offset}-"));
+        }
+        let response = request.send().await.map_err(Failure::of_request)?;
+        let skip = match response.status() {
+            StatusCode::OK => offset,
+            StatusCode::PARTIAL_CONTENT if offset > 0 => 0,
+            status => return Err(refusal(status, response).await),
         };
-        if offset == 0 {
-            let stream = inner
-                .clients
-                .pull
-                .pull_blob_stream(&inner.reference, &layer)
-                .await;
-            return stream
-                .map(|stream| (stream.stream, 0))
-                .map_err(Failure::of_client);
-        }
-        let answer =
-            inner
-                .clients
-                .pull
-                .pull_blob_stream_partial(&inner.reference, &layer, offset, None);
-        match answer.await {
-            Ok(BlobResponse::Partial(stream)) => Ok((stream.stream, 0)),
-            Ok(BlobResponse::Full(stream)) => Ok((stream.stream, offset)),
-            Err(error) => Err(Failure::of_client(error)),
-        }
+        let pieces = response.bytes_stream();
+        let body = pieces.map_err(|error| std::io::Error::other(error.without_url()));
+        Ok((body.boxed(), skip))
     });
     answer.await.map_err(|error| match error {
         // The server has fewer bytes than the manifest promises.

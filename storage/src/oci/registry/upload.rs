@@ -55,7 +55,7 @@ impl Registry {
                 Arc::clone(progress),
             );
             let inner = &self.inner;
-            let upload = inner.clients.push.push_blob_stream(
+            let upload = inner.clients.push()?.push_blob_stream(
                 &inner.reference,
                 body,
                 digest.as_str(),
