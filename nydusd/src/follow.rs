@@ -13,6 +13,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock, Weak};
@@ -26,6 +27,7 @@ use storage::{BlobIndex, ChunkIndex};
 
 use crate::elf::{ReadAt, needs};
 use crate::names::{self, Module, Names};
+use crate::prefetch;
 
 /// What may wait for each thread.
 const QUEUE: usize = 256;
@@ -35,6 +37,22 @@ const MAX_SIZE: u64 = 16 << 20;
 
 /// Symbolic links between the name of a library and its file.
 const MAX_LINKS: u32 = 8;
+
+/// Programs that are known, and libraries: bounds what an image can make us remember.
+const MAX_KNOWN: usize = 1 << 15;
+
+/// What the C library reads for almost every program, one file after the other: where
+/// libraries are, whom it runs as, its character set, and the time zone.
+const USUAL: [&str; 8] = [
+    "/etc/ld.so.cache",
+    "/usr/lib/locale/C.utf8/LC_CTYPE",
+    "/usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
+    "/usr/lib/aarch64-linux-gnu/gconv/gconv-modules.cache",
+    "/usr/lib64/gconv/gconv-modules.cache",
+    "/etc/nsswitch.conf",
+    "/etc/passwd",
+    "/etc/localtime",
+];
 
 /// A chunk of an image.
 type Place = (BlobIndex, ChunkIndex);
@@ -124,11 +142,16 @@ fn follow(parts: &Arc<Parts>, unread: &OnceLock<Vec<Unread>>, events: &Receiver<
     // Nobody else sets it.
     let _ = unread.set(parts.bits(found.modules.keys()));
     let mut seen = HashSet::new();
+    let mut usual = USUAL.iter();
     while let Ok(event) = events.recv() {
         match event {
             Event::Missed(place) => {
                 if let Some(program) = found.programs.get(&place) {
                     let _ = to_linker.try_send(*program);
+                    // With the first program, and once.
+                    for path in usual.by_ref() {
+                        parts.fetch_path(Path::new(path));
+                    }
                 }
             }
             Event::Read(place) => {
@@ -139,11 +162,6 @@ fn follow(parts: &Arc<Parts>, unread: &OnceLock<Vec<Unread>>, events: &Receiver<
                 let mut wishes = parts.wishes(&found.names, module);
                 wishes.retain(|wish| seen.insert(wish.nid));
                 // What is asked for last comes first.
-                tracing::debug!(
-                    nid = %module.nid,
-                    wishes = ?wishes.iter().map(|wish| wish.nid.get()).collect::<Vec<_>>(),
-                    "module"
-                );
                 for wish in wishes.iter().rev() {
                     parts.fetch(wish.nid);
                 }
@@ -207,6 +225,12 @@ impl Parts {
             if let Some(blob) = self.blob(extent.blob) {
                 blob.speculate(chunk..chunk.saturating_add(1));
             }
+        }
+    }
+
+    fn fetch_path(&self, path: &Path) {
+        if let Some(nid) = prefetch::find(&self.image, path) {
+            self.fetch(nid);
         }
     }
 
@@ -356,7 +380,8 @@ impl Found {
     /// Walks the image once.
     fn of(image: &Image) -> Result<Self, rafs::Error> {
         let mut found = Self::default();
-        let mut pending = vec![(image.root(), names::Path::from([]))];
+        // Without a path: too far down for modules.
+        let mut pending = vec![(image.root(), Some(names::Path::from([])))];
         let mut dirs = HashSet::new();
         while let Some((dir, path)) = pending.pop() {
             if !dirs.insert(dir) {
@@ -366,11 +391,18 @@ impl Found {
             image.readdir(dir, 0, |entry| {
                 let is_library = entry.name.windows(3).any(|part| part == b".so");
                 match entry.kind {
-                    FileKind::Directory => pending.push((entry.nid, below(&path, entry.name))),
+                    FileKind::Directory => {
+                        let path = path.as_ref();
+                        let path = path.and_then(|path| names::below(path, entry.name));
+                        pending.push((entry.nid, path));
+                    }
                     FileKind::File => files.push((entry.nid, entry.name.to_vec())),
                     _ => {}
                 }
-                if is_library && matches!(entry.kind, FileKind::Symlink | FileKind::File) {
+                if is_library
+                    && matches!(entry.kind, FileKind::Symlink | FileKind::File)
+                    && found.libraries.len() < MAX_KNOWN
+                {
                     found
                         .libraries
                         .entry(entry.name.to_vec())
@@ -379,7 +411,7 @@ impl Found {
                 ControlFlow::Continue(())
             })?;
             for (nid, name) in files {
-                found.add(image, (nid, &name), &path)?;
+                found.add(image, (nid, &name), path.as_ref())?;
             }
         }
         Ok(found)
@@ -389,12 +421,12 @@ impl Found {
         &mut self,
         image: &Image,
         (nid, name): (Nid, &[u8]),
-        dir: &names::Path,
+        dir: Option<&names::Path>,
     ) -> Result<(), rafs::Error> {
         let inode = image.inode(nid)?;
         let is_library = name.windows(3).any(|part| part == b".so");
         let is_program = is_library || inode.attr().permissions & 0o111 != 0;
-        let module = self.names.add(nid, name, dir);
+        let module = dir.and_then(|dir| self.names.add(nid, name, dir));
         let module = module.filter(|it| !it.kind.is_library() && inode.size() <= names::MAX_SIZE);
         if !is_program && module.is_none() {
             return Ok(());
@@ -404,7 +436,7 @@ impl Found {
         };
         let extent = extent?;
         let place = (extent.blob, extent.chunk);
-        if is_program {
+        if is_program && self.programs.len() < MAX_KNOWN {
             self.programs.entry(place).or_insert(nid);
         }
         if let Some(module) = module {
@@ -412,8 +444,4 @@ impl Found {
         }
         Ok(())
     }
-}
-
-fn below(dir: &names::Path, name: &[u8]) -> names::Path {
-    dir.iter().cloned().chain([name.to_vec()]).collect()
 }

@@ -14,6 +14,7 @@
 //! the image; a name that many files have means none of them, and a module that has very
 //! many names, as a table of all encodings has, wishes for none.
 
+use std::cell::LazyCell;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -24,6 +25,14 @@ const MAX_FILES: usize = 1 << 15;
 
 /// Largest module that is looked into, in bytes.
 pub(crate) const MAX_SIZE: u64 = 256 << 10;
+
+/// Modules of one name that are known; more help nobody.
+const MAX_SAME_NAME: usize = 256;
+
+/// Modules further down, or below longer names (in bytes, all together), are not known:
+/// whoever makes an image could make paths so long that they fill the memory.
+const MAX_DEPTH: usize = 16;
+const MAX_PATH: usize = 512;
 
 /// Shortest and longest word that can be a name, in bytes.
 const WORD: std::ops::RangeInclusive<usize> = 3..=47;
@@ -91,6 +100,17 @@ impl Kind {
         matches!(self, Self::Library | Self::PythonLibrary)
     }
 
+    /// The words between other bytes.
+    fn words(self, content: &[u8]) -> impl Iterator<Item = &[u8]> {
+        let words = content.split(move |byte| !self.is_part_of_word(*byte));
+        words.flat_map(move |word| {
+            // Type letters stand between the words of compiled Python.
+            let shorter = (self == Self::CompiledPython).then(|| word.split_last());
+            let shorter = shorter.flatten().map(|(_, shorter)| shorter);
+            std::iter::once(word).chain(shorter)
+        })
+    }
+
     fn is_part_of_word(self, byte: u8) -> bool {
         byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-' && self == Self::JavaScript
     }
@@ -104,6 +124,13 @@ fn is_for_python(name: &[u8]) -> bool {
 
 /// A directory, by the names on the way to it from the root of the image.
 pub(crate) type Path = Arc<[Vec<u8>]>;
+
+/// The path of a directory in `dir`; `None` if it is too long for modules.
+pub(crate) fn below(dir: &Path, name: &[u8]) -> Option<Path> {
+    let bytes = dir.iter().map(Vec::len).sum::<usize>() + name.len();
+    let fits = dir.len() < MAX_DEPTH && bytes <= MAX_PATH;
+    fits.then(|| dir.iter().cloned().chain([name.to_vec()]).collect())
+}
 
 /// A module, or a library.
 #[derive(Clone, Debug)]
@@ -144,6 +171,10 @@ impl Names {
         if self.count == MAX_FILES || !WORD.contains(&stem.len()) {
             return None;
         }
+        let same_name = self.by_name.entry(stem.into()).or_default();
+        if same_name.len() == MAX_SAME_NAME {
+            return None;
+        }
         self.count += 1;
         let module = Module {
             nid,
@@ -151,60 +182,49 @@ impl Names {
             home,
             inside: Arc::clone(&inside),
         };
-        let same_name = self.by_name.entry(stem.into()).or_default();
         same_name.push(module.clone());
         Some(module)
     }
 
     /// The modules that the content of `from` names, in the order of their names in it.
     pub(crate) fn wishes(&self, from: &Module, content: &[u8]) -> Vec<Module> {
-        let mut words = Vec::new();
-        for word in content.split(|byte| !from.kind.is_part_of_word(*byte)) {
-            words.push(word);
-            // Type letters stand between the words of compiled Python.
-            if from.kind == Kind::CompiledPython
-                && let Some((_, shorter)) = word.split_last()
-            {
-                words.push(shorter);
-            }
-        }
-        let all: HashSet<&[u8]> = words.iter().copied().collect();
+        // Few words are the name of anything, and only those need all the others.
+        let all = LazyCell::new(|| from.kind.words(content).collect());
         let mut seen = HashSet::new();
         let mut wishes = Vec::new();
-        for word in words.into_iter().filter(|word| seen.insert(*word)) {
-            wishes.extend(self.meanings(from, word, &all));
+        for word in from.kind.words(content) {
+            let Some(named) = self.by_name.get(word) else {
+                continue;
+            };
+            if seen.insert(word) {
+                wishes.extend(meanings(named, from, &all));
+            }
             if wishes.len() > MAX_WISHES {
                 return Vec::new();
             }
         }
         wishes
     }
+}
 
-    /// * `words`: all words beside this one.
-    fn meanings(&self, from: &Module, word: &[u8], words: &HashSet<&[u8]>) -> Vec<Module> {
-        let Some(all) = self.by_name.get(word) else {
-            return Vec::new();
+/// Those of the modules `named` by a word that `from` can mean by it.
+///
+/// * `words`: all words beside that one.
+fn meanings(named: &[Module], from: &Module, words: &HashSet<&[u8]>) -> Vec<Module> {
+    let fits = |module: &&Module| module.nid != from.nid && from.kind.can_mean(module.kind);
+    let near = |module: &&Module| fits(module) && module.home == from.inside;
+    let mut found: Vec<Module> = named.iter().filter(near).cloned().collect();
+    if found.is_empty() {
+        let within_reach = |module: &&Module| {
+            fits(module)
+                && (module.kind.is_library() || is_within_reach(&module.home, &from.inside, words))
         };
-        let others = || {
-            let other = |module: &&Module| module.nid != from.nid;
-            all.iter().filter(other)
-        };
-        let fits = |module: &&Module| from.kind.can_mean(module.kind);
-        let near = |module: &&Module| fits(module) && module.home == from.inside;
-        let mut found: Vec<Module> = others().filter(near).cloned().collect();
-        if found.is_empty() {
-            let within_reach = |module: &&Module| {
-                fits(module)
-                    && (module.kind.is_library()
-                        || is_within_reach(&module.home, &from.inside, words))
-            };
-            found = others().filter(within_reach).cloned().collect();
-        }
-        if found.len() > MAX_MEANINGS {
-            found.clear();
-        }
-        found
+        found = named.iter().filter(within_reach).cloned().collect();
     }
+    if found.len() > MAX_MEANINGS {
+        found.clear();
+    }
+    found
 }
 
 /// Whether a module in `home` can be meant by one in `from` that has these words: those
@@ -291,6 +311,21 @@ mod tests {
             let added = names.add(Nid::new(1), file.as_bytes(), &Arc::from([]));
             assert!(added.is_none(), "{file}");
         }
+    }
+
+    #[test]
+    fn paths_have_a_limit_and_so_have_names() {
+        let mut dir = Path::from([]);
+        let mut depth = 0;
+        while let Some(next) = below(&dir, b"d") {
+            (dir, depth) = (next, depth + 1);
+        }
+        assert_eq!(depth, MAX_DEPTH);
+        assert!(below(&Path::from([]), &[b'x'; MAX_PATH + 1]).is_none());
+        let mut names = Names::default();
+        let mut add = |number| names.add(Nid::new(number), b"util.py", &Path::from([]));
+        let known = (0..1000).filter(|number| add(*number).is_some()).count();
+        assert_eq!(known, MAX_SAME_NAME);
     }
 
     #[test]

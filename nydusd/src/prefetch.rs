@@ -187,7 +187,7 @@ fn children(image: &Image, dir: Nid) -> Vec<Nid> {
 }
 
 /// The inode that an absolute path of the image leads to, symbolic links followed.
-fn find(image: &Image, path: &Path) -> Option<Nid> {
+pub(crate) fn find(image: &Image, path: &Path) -> Option<Nid> {
     let mut links = 0;
     // Names still to be walked, next one last.
     let mut names: Vec<Vec<u8>> = split(path.as_os_str().as_bytes());
