@@ -15,7 +15,7 @@ daemon=
 end_daemon() {
   [ -n "$daemon" ] || return 0
   kill "$daemon"
-  wait "$daemon" || true
+  wait "$daemon" || echo "nydusd ended with $?" >&2
   daemon=
 }
 trap 'end_daemon; rm -rf "$scratch"' EXIT

@@ -22,7 +22,7 @@ daemon=
 unmount_image() {
   if [ -n "$daemon" ]; then
     kill "$daemon"
-    wait "$daemon" || true
+    wait "$daemon" || echo "nydusd ended with $?" >&2
     daemon=
   elif mountpoint -q "$scratch/mount"; then
     umount "$scratch/mount"
