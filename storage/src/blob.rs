@@ -110,7 +110,7 @@ impl Blob {
         digests: Arc<dyn ChunkDigests>,
     ) -> Result<Arc<Self>, ReadError> {
         let table = table::cached(cache, &info, &*digests)?;
-        Ok(Arc::new_cyclic(|this| Self {
+        let blob = Arc::new_cyclic(|this| Self {
             files: BlobFiles::open(cache, &info, Arc::clone(&digests)),
             cache: cache.clone(),
             backend,
@@ -125,7 +125,9 @@ impl Blob {
             gate: OnceLock::new(),
             this: Weak::clone(this),
             info,
-        }))
+        });
+        add(&cache.metrics().dedup_hits, blob.resident_chunks().into());
+        Ok(blob)
     }
 
     /// What the bootstrap says about this blob.

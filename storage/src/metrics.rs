@@ -83,6 +83,7 @@ metrics! {
     mirror_failures: Counter, "backend.mirror_failures", "requests", "Requests to a mirror that another source had to serve.";
     hits: Counter, "cache.hits", "reads", "Looks of readers that found all they wanted; a FUSE read that waited looks once more when it is answered.";
     misses: Counter, "cache.misses", "reads", "Looks of readers that had to wait for something.";
+    dedup_hits: Counter, "cache.dedup_hits", "chunks", "Chunks that need no fetch, because the cache has them from an earlier mount, another image or another process: found when a blob is opened, or when it is their turn to be fetched.";
     chunks_filled: Counter, "cache.chunks_filled", "chunks", "Chunks fetched, verified and written to the cache.";
     bytes_filled: Counter, "cache.bytes_filled", "bytes", "Uncompressed bytes written to the cache.";
     chunks_in_memory: Counter, "cache.chunks_in_memory", "chunks", "Chunks served from memory because the cache could not be written.";

@@ -405,6 +405,12 @@ fn one_fetch_per_chunk_of_several_processes() {
     });
     let count = |cache: &CacheDir| cache.metrics().chunks_filled.load(Ordering::Relaxed);
     assert_eq!(caches.iter().map(count).sum::<u64>(), 40);
+    // Nothing is fetched twice by the next mount either, and that is counted.
+    let cache = CacheDir::open(dir.path()).unwrap();
+    let again = open(&sample, &cache, &backend);
+    check(&again, &sample, 0..50_000).unwrap();
+    assert_eq!(cache.metrics().dedup_hits.load(Ordering::Relaxed), 40);
+    assert_eq!(count(&cache), 0);
 }
 
 #[test]

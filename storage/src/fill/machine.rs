@@ -114,6 +114,7 @@ impl<'a> Filler<'a> {
         let chunks = std::mem::take(&mut job.chunks);
         for (member, claim) in chunks {
             if self.files.is_ready(member.index) {
+                add(&self.metrics.dedup_hits, 1);
                 request.land(claim, Outcome::Stored);
             } else {
                 job.chunks.push((member, claim));
