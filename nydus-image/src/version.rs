@@ -11,7 +11,7 @@ pub const TAG_AND_COMMIT: &str = concat!(
     "v",
     env!("CARGO_PKG_VERSION"),
     "-",
-    env!("NYDUS_GIT_COMMIT")
+    env!("NYDUS_BUILD_COMMIT")
 );
 
 /// The block printed after the program's name by `--version`.
@@ -19,12 +19,12 @@ pub const BLOCK: &str = concat!(
     "\rVersion: \tv",
     env!("CARGO_PKG_VERSION"),
     "\nGit Commit: \t",
-    env!("NYDUS_GIT_COMMIT"),
+    env!("NYDUS_BUILD_COMMIT"),
     "\nBuild Time: \t",
     env!("NYDUS_BUILD_TIME"),
     "\nProfile: \t",
-    env!("NYDUS_PROFILE"),
+    env!("NYDUS_BUILD_PROFILE"),
     "\nRustc: \t\t",
-    env!("NYDUS_RUSTC"),
+    env!("NYDUS_BUILD_RUSTC"),
     "\n",
 );

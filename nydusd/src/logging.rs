@@ -164,29 +164,6 @@ where
     }
 }
 
-/// A point in time as `2026-01-31T12:00:00Z`, in UTC.
-pub(crate) fn rfc3339(time: std::time::SystemTime) -> String {
-    let since = time.duration_since(std::time::UNIX_EPOCH);
-    let seconds = since.unwrap_or_default().as_secs();
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // The calendar repeats every 400 years of 146,097 days; its years begin in March,
-    // so that a leap day is the last of its year.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 {
-        from_march + 3
-    } else {
-        from_march - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
-}
-
 /// `2026-01-31 12:00:00.000000`, in UTC.
 fn now() -> Result<String, fmt::Error> {
     let mut text = String::new();
@@ -205,14 +182,6 @@ mod tests {
             Path::new("dir.d/nydusd.log")
         );
         assert_eq!(with_extension(Path::new("a.txt")), Path::new("a.txt"));
-    }
-
-    #[test]
-    fn points_in_time() {
-        let at = |seconds| std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
-        assert_eq!(rfc3339(at(0)), "1970-01-01T00:00:00Z");
-        assert_eq!(rfc3339(at(951_827_696)), "2000-02-29T12:34:56Z");
-        assert_eq!(rfc3339(at(1_767_225_599)), "2025-12-31T23:59:59Z");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use humantime::format_rfc3339_seconds;
 use serde_json::{Map, Value, json};
 use storage::metrics::Kind;
 
@@ -24,7 +25,7 @@ pub(super) fn daemon(api: &Api, table: &Table, mounts: bool) -> Value {
             let about = json!({
                 "backend_type": "Rafs",
                 "mountpoint": image.path,
-                "mounted_time": crate::logging::rfc3339(mounted),
+                "mounted_time": format_rfc3339_seconds(mounted).to_string(),
                 "config": image.about.config,
             });
             all.insert(image.path.clone(), about);
@@ -244,7 +245,7 @@ pub(super) fn debug(vfs: &Vfs, table: &Table) -> Value {
             .collect::<Vec<_>>()
     });
     let fetches: Vec<Value> = fetches.collect();
-    json!({ "time": crate::logging::rfc3339(SystemTime::now()), "reads": reads, "fetches": fetches })
+    json!({ "time": format_rfc3339_seconds(SystemTime::now()).to_string(), "reads": reads, "fetches": fetches })
 }
 
 fn millis(since: std::time::Instant) -> u64 {
