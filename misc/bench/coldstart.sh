@@ -11,6 +11,7 @@ list=$PWD/$scratch/list
 export NYDUS_BIN_DIR=$BIN
 "$BIN/coldstart" --runs "$RUNS" --mbit "${MBIT:-100}" --rtt-ms "${RTT_MS:-20}" \
   'default||' \
+  'the same through FUSE||--driver fuse' \
   "recording||--record-files $list" \
   "list||--prefetch-files $list" \
   'batches of 256 KiB|--batch-size 0x40000|' \
