@@ -6,26 +6,27 @@
 //! file. A walk that counts every inode once against the length of the file is
 //! therefore linear in it.
 
-use std::collections::HashSet;
-
 use crate::error::{Error, corrupt};
 use crate::fs::Inode;
 use crate::image::Image;
-use crate::units::{FileKind, Nid, len64};
+use crate::units::{FileKind, INODE_SLOT, len64};
 
 /// Inodes that a walk has seen, and how many bytes the others can have.
 #[derive(Debug)]
 pub(crate) struct Visited {
-    seen: HashSet<Nid>,
+    /// A bit for every place in the file where an inode can begin.
+    seen: Vec<u64>,
     left: u64,
     chunk_size: u64,
 }
 
 impl Visited {
     pub(crate) fn new(image: &Image) -> Self {
+        let len = len64(image.bytes().len());
+        let words = usize::try_from(len / INODE_SLOT / 64).unwrap_or(usize::MAX);
         Self {
-            seen: HashSet::new(),
-            left: len64(image.bytes().len()),
+            seen: vec![0; words.saturating_add(1)],
+            left: len,
             chunk_size: image.chunk_size().into(),
         }
     }
@@ -36,7 +37,7 @@ impl Visited {
     /// [`Error::Corrupt`] for a directory that was met before, and when all
     /// inodes together are longer than the file.
     pub(crate) fn first(&mut self, inode: &Inode) -> Result<bool, Error> {
-        if !self.seen.insert(inode.nid()) {
+        if !self.mark(inode) {
             if inode.kind() == FileKind::Directory {
                 return Err(corrupt(
                     "directory entry",
@@ -65,5 +66,19 @@ impl Visited {
             }
         }
         Ok(true)
+    }
+
+    /// Sets the bit of an inode; whether it was clear.
+    fn mark(&mut self, inode: &Inode) -> bool {
+        let place = inode.offset / INODE_SLOT;
+        let word = usize::try_from(place / 64).ok();
+        // An inode that could be read lies inside the file.
+        let Some(word) = word.and_then(|word| self.seen.get_mut(word)) else {
+            return false;
+        };
+        let bit = 1 << (place % 64);
+        let was_clear = *word & bit == 0;
+        *word |= bit;
+        was_clear
     }
 }
