@@ -37,8 +37,14 @@ drop_caches() {
 
 walk() { find "$1" -xdev -printf '%s %m\n' >/dev/null; }
 
-# Anonymous memory of the daemon, in KiB.
-anonymous() { awk '/^RssAnon/ { print $2 }' "/proc/$daemon/status"; }
+# Anonymous memory of the daemon, keeper and worker, in KiB.
+anonymous() {
+  local process total=0
+  for process in "$daemon" $(pgrep -P "$daemon"); do
+    total=$((total + $(awk '/^RssAnon/ { print $2 }' "/proc/$process/status")))
+  done
+  echo "$total"
+}
 
 entries=$(find "$TREE" -xdev | wc -l)
 start_daemon --bootstrap "$scratch/image.boot" --localfs-dir "$scratch/blobs"
