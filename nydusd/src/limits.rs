@@ -1,10 +1,15 @@
-//! The limit of open files. Many blobs, many sockets: the default soft limit of
-//! 1024 is soon used up.
+//! Limits of this process.
+//!
+//! Open files: many blobs, many sockets, and the default soft limit of 1024 is soon used
+//! up. Memory: what the allocator keeps for threads that are idle.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// More is never useful.
 const MAX_FILES: u64 = 1_000_000;
+/// Blocks from here on are mapped one by one, and unmapped when they are freed, in bytes.
+#[cfg(target_env = "gnu")]
+const MMAP_THRESHOLD: libc::c_int = 128 << 10;
 /// Files of the whole machine that are left to others.
 const RESERVED: u64 = 16_384;
 
@@ -42,6 +47,21 @@ pub(crate) fn raise_soft() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         // What it is good for fails by itself if this does.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Memory that is free again goes back to the system, and does not stay with one of many
+/// arenas. To be called while there is one thread.
+///
+/// glibc makes up to eight arenas a processor, and keeps larger and larger blocks once
+/// some have been freed: tens of megabytes in a daemon whose threads come and go with
+/// bursts of fetches. Two are enough: data is read into a few large buffers.
+pub(crate) fn keep_little_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets two numbers of the allocator (mallopt(3)).
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
     }
 }
 

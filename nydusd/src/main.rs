@@ -104,6 +104,7 @@ fn keep(mut arguments: Vec<OsString>, successor: bool) -> anyhow::Result<u8> {
 fn work(mut arguments: Vec<OsString>) -> anyhow::Result<()> {
     // First of all, while hardly any descriptor is open: see `Inherited::take`.
     limits::raise_soft();
+    limits::keep_little_memory();
     let channel = Channel::inherited(process::channel()?);
     let mut deposits = Receiver::everything(&channel)?;
     let inherited = Inherited::take(&mut deposits)?;
