@@ -19,3 +19,6 @@ export NYDUS_BIN_DIR=$BIN
   'level 1|--compression-level 1|' \
   'chunks of 512 KiB|--chunk-size 0x80000|' \
   'chunks of 256 KiB|--chunk-size 0x40000|'
+
+# The same program in a pod.
+misc/bench/podstart.sh

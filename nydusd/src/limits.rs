@@ -58,10 +58,12 @@ pub(crate) fn raise_soft() {
 /// bursts of fetches. Two are enough: data is read into a few large buffers.
 pub(crate) fn keep_little_memory() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: sets two numbers of the allocator (mallopt(3)).
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 2),
+        (libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD),
+    ] {
+        // SAFETY: sets a number of the allocator (mallopt(3)).
+        unsafe { libc::mallopt(parameter, value) };
     }
 }
 

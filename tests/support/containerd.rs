@@ -23,7 +23,7 @@ pub struct Containerd {
 
 impl Containerd {
     /// Starts one below `directory`, with the plugin at `plugin` and `snapshotter`
-    /// (`nydus` or `overlayfs`) for pods, which use the image `pause`.
+    /// (`nydus` or `stargz` for the plugin, or `overlayfs`) for pods, which use the image `pause`.
     ///
     /// # Errors
     /// It does not start; with its log.
@@ -57,6 +57,9 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 [debug]
   address = "{directory}/debug.sock"
 [proxy_plugins.nydus]
+  type = "snapshot"
+  address = "{plugin}"
+[proxy_plugins.stargz]
   type = "snapshot"
   address = "{plugin}"
 # Usually a collection is followed by a pause 49 times as long, which on a busy machine
