@@ -3,10 +3,10 @@ SHELL := /bin/bash
 # The Rust installer puts cargo here; a shell that was open before does not know it yet.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: help install build demo test soak bench docs clean
+.PHONY: help install build demo test test-containerd2 soak bench docs clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## Install Debian packages and Rust, if missing (as root)
 	@misc/install.sh
@@ -19,6 +19,9 @@ demo: build ## Convert an image, mount it lazily, run it, compare; IMAGE=ref for
 
 test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
+
+test-containerd2: install ## Run the tests with containerd again, with a current one built by Go
+	PATH="$$(misc/containerd2.sh):$$PATH" cargo test --locked --workspace --test containerd
 
 soak: install ## Run the long versions of randomised tests, as root; SEED=n repeats a run of readers
 	CACHE_CUTS=200 cargo test --locked --workspace --test crash

@@ -1,4 +1,4 @@
-//! Debian's containerd, with its root, its state and its socket in a directory of
+//! The machine's containerd (Debian's, or a later one), with its root, its state and its socket in a directory of
 //! its own and `nydus-snapshotter` as one of its snapshotters. The containerd of the
 //! machine, if there is one, is left alone.
 
@@ -6,12 +6,60 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 
+use crate::command::succeed;
 use crate::cri::Cri;
 use crate::mount::detach;
 use crate::process::Process;
+
+/// What CRI needs of the configuration of containerd 1.6 and 1.7.
+const CRI_OF_VERSION_1: &str = r#"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "PAUSE"
+  disable_tcp_service = true
+  stream_server_port = "0"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "DIRECTORY/cni/bin"
+    conf_dir = "DIRECTORY/cni/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "SNAPSHOTTER"
+    disable_snapshot_annotations = false
+    discard_unpacked_layers = false
+"#;
+
+/// The same for 2.0 and later.
+const CRI_OF_VERSION_2: &str = r#"
+[plugins."io.containerd.grpc.v1.cri"]
+  disable_tcp_service = true
+  stream_server_port = "0"
+[plugins."io.containerd.cri.v1.runtime"]
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dir = "DIRECTORY/cni/bin"
+    conf_dir = "DIRECTORY/cni/net.d"
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "SNAPSHOTTER"
+  disable_snapshot_annotations = false
+  discard_unpacked_layers = false
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "PAUSE"
+"#;
+
+/// Whether the `containerd` of the search path is of version 2 or later.
+fn is_version_2() -> Result<bool> {
+    let said = succeed(Command::new("containerd").arg("--version"))?.stdout;
+    let mut words = said.split_whitespace();
+    let version = words.find_map(|word| {
+        let word = word.trim_start_matches('v');
+        word.split_once('.')?.0.parse::<u32>().ok()
+    });
+    Ok(version.with_context(|| format!("not a version: {said}"))? >= 2)
+}
 
 /// A running containerd.
 #[derive(Debug)]
@@ -44,12 +92,21 @@ impl Containerd {
     /// The disk is full.
     pub fn configure(&self, plugin: &Path, snapshotter: &str, pause: &str) -> Result<()> {
         let directory = self.directory.display();
+        let (version, cri) = if is_version_2()? {
+            (3, CRI_OF_VERSION_2)
+        } else {
+            (2, CRI_OF_VERSION_1)
+        };
+        let cri = cri
+            .replace("DIRECTORY", &directory.to_string())
+            .replace("SNAPSHOTTER", snapshotter)
+            .replace("PAUSE", pause);
         let text = format!(
             r#"
-version = 2
+version = {version}
 root = "{directory}/containerd"
 state = "{directory}/state"
-disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp"]
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp", "io.containerd.nri.v1.nri"]
 [grpc]
   address = "{directory}/containerd.sock"
 [ttrpc]
@@ -69,20 +126,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   deletion_threshold = 1
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{pause}"
-  disable_tcp_service = true
-  stream_server_port = "0"
-  disable_apparmor = true
-  restrict_oom_score_adj = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "{directory}/cni/bin"
-    conf_dir = "{directory}/cni/net.d"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "{snapshotter}"
-    disable_snapshot_annotations = false
-    discard_unpacked_layers = false
-"#,
+{cri}"#,
             plugin = plugin.display(),
         );
         fs::write(self.directory.join("containerd.toml"), text)?;
