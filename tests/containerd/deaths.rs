@@ -1,33 +1,15 @@
 //! All processes of a daemon die at once: whoever holds its descriptors has the next one
 //! go on, and containers only wait.
 
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use support::command::succeed;
-use support::cri::Cri;
 use support::notify::ServiceManager;
 use support::registry::Auth;
 
-use crate::node::{Node, cold_reader, is_empty, patiently, wait_for};
-
-/// What serves images, and the file system type that shows it.
-const DRIVERS: [(&str, &str); 2] = [("fuse", "fuse"), ("erofs", "erofs")];
-
-/// Reads a part of the image, in MiB, that nobody has read yet.
-fn check_part(node: &Node, cri: &mut Cri, container: &str, at: usize) {
-    let sum = |file: &str| format!("dd if={file} bs=1M skip={at} count=1 2>/dev/null | sha256sum");
-    let file = node.tree.join("data/unused");
-    let script = sum(file.to_str().unwrap());
-    let right = succeed(Command::new("sh").args(["-c", &script]))
-        .unwrap()
-        .stdout;
-    let read = node.exec(cri, container, &["sh", "-c", &sum("/data/unused")]);
-    assert_eq!(read, right, "part {at}:\n{}", node.plugin.log());
-}
+use crate::node::{DRIVERS, Node, check_part, cold_reader, is_empty, patiently, wait_for};
 
 /// Kills every process of the only daemon, and waits for another one.
 fn kill_the_daemon(node: &Node) {
@@ -46,14 +28,14 @@ fn wait_until_held(node: &Node) {
 
 #[test]
 fn containers_survive_the_death_of_their_whole_daemon() {
-    for (driver, kind) in DRIVERS {
+    for driver in DRIVERS {
         let mut node = Node::configured(Auth::Open, Some(driver));
         let mut cri = node.containerd.cri().unwrap();
         cri.pull(&node.registry.reference("app:nydus"), None)
             .unwrap();
         let pod = cri.run_pod("steady", &node.logs()).unwrap();
         let mut containers = vec![cold_reader(&node, &mut cri, &pod, "first")];
-        assert_eq!(node.mounted_as(), [kind]);
+        assert_eq!(node.mounted_as(), [driver]);
         for round in 0..4 {
             match round {
                 1 => node.plugin.kill().unwrap(),
@@ -70,10 +52,11 @@ fn containers_survive_the_death_of_their_whole_daemon() {
             let name = format!("after-{round}");
             containers.push(cold_reader(&node, &mut cri, &pod, &name));
             // Still the one mount, with one daemon.
-            assert_eq!(node.mounted_as(), [kind]);
+            assert_eq!(node.mounted_as(), [driver]);
             node.wait_for_daemons(1);
         }
         node.wait_for_progress(&mut cri, &containers);
+        node.check_that_daemons_are_needed();
         cri.remove_pod(&pod).unwrap();
         node.wait_for_daemons(0);
         let root = node.plugin.root();

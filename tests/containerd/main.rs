@@ -8,6 +8,7 @@
 //! - [`layers`]: changes of layers, seen through the mounts
 //! - [`crash`]: the plugin killed at any moment, and its directory damaged
 //! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
+//! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
 
 #![allow(
@@ -15,6 +16,7 @@
     reason = "a test that cannot go on fails where it stands"
 )]
 
+mod chaos;
 mod crash;
 mod deaths;
 mod layers;

@@ -1,6 +1,7 @@
 //! A node with everything on it: registry, containerd, the plugin, and images.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -17,6 +18,9 @@ use support::plugin::Plugin;
 use support::registry::{Auth, Registry};
 use support::tree::nasty;
 use tempfile::TempDir;
+
+/// What serves images, by the types of their file systems.
+pub(crate) const DRIVERS: [&str; 2] = ["fuse", "erofs"];
 
 /// What a container of the test image does all the time.
 pub(crate) const LOOP: &str =
@@ -95,15 +99,22 @@ impl Node {
     #[track_caller]
     pub(crate) fn wait_for_daemons(&self, count: usize) -> Vec<i32> {
         let began = Instant::now();
+        let mut last_look = began;
         loop {
             let daemons = self.plugin.daemons().unwrap();
             if daemons.len() == count {
                 return daemons;
             }
-            let log = self.plugin.log();
+            if count == 0 && last_look.elapsed() > Duration::from_secs(2) {
+                // It need not run.
+                let _ = self.containerd.collect_garbage();
+                last_look = Instant::now();
+            }
             assert!(
                 began.elapsed() < Duration::from_secs(20),
-                "{daemons:?}, not {count}:\n{log}"
+                "{daemons:?}, not {count}:\n{}\ncontainerd:\n{}",
+                self.plugin.log(),
+                self.containerd.log()
             );
             thread::sleep(Duration::from_millis(20));
         }
@@ -120,6 +131,19 @@ impl Node {
             ours.then(|| kind.split(' ').next().unwrap_or_default().to_owned())
         });
         images.collect()
+    }
+
+    /// A blob that is complete is not asked about any more, and a reader of it proves
+    /// nothing: checks that there is one that is not.
+    #[track_caller]
+    pub(crate) fn check_that_daemons_are_needed(&self) {
+        let cache = fs::read_dir(self.plugin.root().join("cache")).unwrap();
+        let files = cache.map(|entry| entry.unwrap().metadata().unwrap());
+        let largest = files.max_by_key(|file| file.len()).unwrap();
+        assert!(
+            largest.blocks() * 512 + (1 << 20) < largest.len(),
+            "{largest:?}"
+        );
     }
 
     /// How often the [`COLD_LOOP`] of this container has found everything right.
@@ -178,6 +202,9 @@ fn push_images(scratch: &Path, registry: &Registry) -> PathBuf {
     fs::write(second.join("data/used"), nasty::noise(300_000, 1)).unwrap();
     fs::write(second.join("data/unused"), nasty::noise(8_000_000, 2)).unwrap();
     fs::write(second.join("data/gone"), "x").unwrap();
+    // In a directory of its own, so that nobody takes it for what is read next.
+    fs::create_dir(second.join("spare")).unwrap();
+    fs::write(second.join("spare/never"), nasty::noise(4_000_000, 3)).unwrap();
     let third = scratch.join("state-3");
     grow(&second, &third);
     fs::remove_file(third.join("data/gone")).unwrap();
@@ -319,4 +346,16 @@ pub(crate) fn patiently<T>(mut request: impl FnMut() -> Result<T>) -> T {
 /// Whether nothing is in a directory, or it is not there.
 pub(crate) fn is_empty(directory: &Path) -> bool {
     fs::read_dir(directory).map_or(true, |mut entries| entries.next().is_none())
+}
+
+/// Reads a part of the image, in MiB, that nobody has read yet.
+pub(crate) fn check_part(node: &Node, cri: &mut Cri, container: &str, at: usize) {
+    let sum = |file: &str| format!("dd if={file} bs=1M skip={at} count=1 2>/dev/null | sha256sum");
+    let file = node.tree.join("data/unused");
+    let script = sum(file.to_str().unwrap());
+    let right = succeed(Command::new("sh").args(["-c", &script]))
+        .unwrap()
+        .stdout;
+    let read = node.exec(cri, container, &["sh", "-c", &sum("/data/unused")]);
+    assert_eq!(read, right, "part {at}:\n{}", node.plugin.log());
 }

@@ -202,7 +202,18 @@ impl Plugin {
         Ok(())
     }
 
-    fn processes(&self) -> Result<Vec<i32>> {
+    /// Whether this process of a daemon is the one that only holds descriptors.
+    #[must_use]
+    pub fn is_keeper(&self, pid: i32) -> bool {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|&byte| byte == 0).nth(1) != Some(b"worker")
+    }
+
+    /// Process ids of all processes of all daemons.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn processes(&self) -> Result<Vec<i32>> {
         // Not by `pgrep`: it looks at every process, and one of a container that waits for
         // its daemon lets nobody look.
         let here = std::fs::read_link("/proc/self/ns/mnt")?;
