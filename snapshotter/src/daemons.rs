@@ -4,20 +4,24 @@
 //! found again, by its command line in the process table, when the snapshotter
 //! comes back. So there are no records of daemons, and none can be wrong. A thread
 //! per daemon waits for its end; one that ends while its image is in use is
-//! replaced, at growing intervals if that keeps happening.
+//! replaced, at growing intervals if that keeps happening. Its mount does not end with
+//! it: what the kernel ties that to is held here, too, and handed to the next daemon.
 //!
 //! Promises: one image has at most one daemon, however many ask for it at once;
-//! [`Daemons::attach`] returns when the image can be read; credentials reach a
-//! daemon through its environment and are never in a file or a command line.
+//! [`Daemons::attach`] returns when the image can be read; what is held is let go only
+//! when nobody uses the image or the mount is gone; credentials reach a daemon through
+//! its environment and are never in a file or a command line.
 //!
-//! Its module `process` starts, finds and ends processes; `settings` writes the
-//! configuration of one daemon.
+//! Its module `process` starts, finds and ends processes; `holder` is what keeps a mount
+//! alive; `settings` writes the configuration of one daemon.
 
+pub(crate) mod holder;
 pub(crate) mod process;
 pub(crate) mod settings;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +32,9 @@ use nix::mount::{MntFlags, umount2};
 
 use crate::error::{Error, chain};
 use crate::images::Image;
+use crate::lifecycle::make_directory;
+use crate::manager::{self, Inherited, Manager};
+use holder::Holder;
 use process::Process;
 use settings::Settings;
 
@@ -37,7 +44,9 @@ const START: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(10);
 /// A daemon that lived as long as this did not fail to start.
 const HEALTHY: Duration = Duration::from_secs(60);
-/// Longest pause between two attempts to replace a daemon.
+/// First pause between two attempts to replace a daemon.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// The images that are mounted now.
@@ -45,6 +54,9 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 pub struct Daemons {
     settings: Settings,
     images: Mutex<BTreeMap<u64, Arc<Mutex<Slot>>>>,
+    manager: Option<Arc<Manager>>,
+    /// What the service manager held for images that nobody has asked for yet.
+    inherited: Mutex<Inherited>,
     restarts: AtomicU64,
 }
 
@@ -53,6 +65,10 @@ pub struct Daemons {
 struct Slot {
     wanted: Option<Image>,
     process: Option<Arc<Process>>,
+    /// There if the image was ever asked for, and the system has let us.
+    holder: Option<Arc<Holder>>,
+    /// Whether a thread tries to start a daemon for what is held.
+    retrying: bool,
 }
 
 /// What a daemon is doing, for people.
@@ -66,15 +82,28 @@ pub struct Status {
     pub image_id: String,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
+    /// Where its daemon leaves descriptors; empty if nothing is held.
+    pub supervisor_path: PathBuf,
+    /// How many descriptors are held.
+    pub held: usize,
 }
 
 impl Daemons {
     /// No daemons yet.
+    ///
+    /// * `manager`: who holds, too, what is held here;
+    /// * `inherited`: what it has given back.
     #[must_use]
-    pub fn new(settings: Settings) -> Arc<Self> {
+    pub fn new(
+        settings: Settings,
+        manager: Option<Arc<Manager>>,
+        inherited: Inherited,
+    ) -> Arc<Self> {
         Arc::new(Self {
             settings,
             images: Mutex::default(),
+            manager,
+            inherited: Mutex::new(inherited),
             restarts: AtomicU64::new(0),
         })
     }
@@ -98,16 +127,37 @@ impl Daemons {
             wanted.account = Some(account.clone());
         }
         let wanted = slot.wanted.clone().unwrap_or_else(|| image.clone());
-        let outcome = self.run(&wanted);
-        match outcome {
+        let holder = self.hold(&mut slot, wanted.id);
+        match self.run(&wanted, holder.as_deref()) {
             Ok(process) => {
                 slot.process = Some(Arc::clone(&process));
-                self.watch(wanted.id, process);
+                self.watch(wanted.id, Some(process));
                 Ok(())
             }
             Err(error) => {
-                *slot = Slot::default();
+                slot.process = None;
+                if holder.is_some_and(|holder| holder.has_mount()) {
+                    // Its readers wait, whether or not somebody asks again.
+                    if !std::mem::replace(&mut slot.retrying, true) {
+                        self.watch(wanted.id, None);
+                    }
+                } else {
+                    slot.wanted = None;
+                }
                 Err(error)
+            }
+        }
+    }
+
+    /// Lets go of what was held for images that nobody uses. Call when all others have
+    /// been attached.
+    pub fn forget_strangers(&self) {
+        for (image, files) in std::mem::take(&mut *lock(&self.inherited)) {
+            tracing::warn!("image {image}: nobody uses it; what was held for it is let go");
+            for name in files.keys() {
+                if let Some(manager) = &self.manager {
+                    manager.remove(image, name);
+                }
             }
         }
     }
@@ -134,6 +184,11 @@ impl Daemons {
             process.end(STOP);
         }
         detach(&mountpoint);
+        match locked.holder.take() {
+            Some(holder) => holder.close(),
+            // Of an earlier life.
+            None => drop(fs::remove_file(self.settings.holder_socket(id))),
+        }
         let _ = fs::remove_dir_all(self.settings.config_dir(id));
         drop(locked);
         let mut images = lock(&self.images);
@@ -168,6 +223,12 @@ impl Daemons {
                         .map(|p| p.pid()),
                     image_id: image.reference.clone(),
                     mountpoint: image.mountpoint.clone(),
+                    supervisor_path: slot
+                        .holder
+                        .as_ref()
+                        .map(|holder| holder.path().to_owned())
+                        .unwrap_or_default(),
+                    held: slot.holder.as_ref().map_or(0, |holder| holder.count()),
                 });
             }
         }
@@ -184,12 +245,33 @@ impl Daemons {
         Arc::clone(lock(&self.images).entry(id).or_default())
     }
 
+    /// The third holder of the daemon of `id`, if the system lets us be one.
+    fn hold(&self, slot: &mut Slot, id: u64) -> Option<Arc<Holder>> {
+        if let Some(holder) = &slot.holder {
+            return Some(Arc::clone(holder));
+        }
+        let path = self.settings.holder_socket(id);
+        let made = path
+            .parent()
+            .map_or(Ok(()), |directory| make_directory(directory, 0o700))
+            .and_then(|()| {
+                let files = lock(&self.inherited).remove(&id).unwrap_or_default();
+                Holder::new(id, &path, files, self.manager.clone())
+                    .map_err(Error::io(&path, "cannot listen"))
+            });
+        slot.holder = made
+            .inspect_err(|error| {
+                tracing::error!(
+                    "image {id}: {}; its mount will not survive the death of its whole daemon",
+                    chain(error)
+                );
+            })
+            .ok();
+        slot.holder.clone()
+    }
+
     /// Finds the daemon of `image`, or starts one.
-    fn run(&self, image: &Image) -> Result<Arc<Process>, Error> {
-        let failed = |reason: String| Error::Mount {
-            image: image.reference.clone(),
-            reason,
-        };
+    fn run(&self, image: &Image, holder: Option<&Holder>) -> Result<Arc<Process>, Error> {
         if let Some(process) = process::find(&image.mountpoint) {
             if process::is_mounted(&image.mountpoint) {
                 tracing::info!(
@@ -197,40 +279,71 @@ impl Daemons {
                     image.reference,
                     process.pid()
                 );
+                // We may have been away, and have nothing, or not the latest.
+                process.signal_group(holder::AGAIN);
                 return Ok(Arc::new(process));
             }
             process.end(STOP);
         }
+        if let Some(holder) = holder {
+            let held = holder.has_mount();
+            if held && process::is_mounted(&image.mountpoint) {
+                return self.resume(image, holder);
+            }
+            holder.clear();
+        }
+        self.mount(image, holder)
+    }
+
+    /// Starts a daemon that goes on with the mount of one that died.
+    fn resume(&self, image: &Image, holder: &Holder) -> Result<Arc<Process>, Error> {
+        let began = Instant::now();
+        let files = holder.files().map_err(|error| Error::Mount {
+            image: image.reference.clone(),
+            reason: format!("cannot copy what is held: {error}"),
+        })?;
+        tracing::warn!(
+            "image {}: its whole daemon has died; the next one gets {} descriptors",
+            image.reference,
+            files.len()
+        );
+        let process = self.start(image, Some(holder), files)?;
+        let goes_on = || process.is_alive() && began.elapsed() < START;
+        if !holder.wait_until_ready(goes_on) {
+            // All of it, at once: it may have begun to answer, and the next one must not
+            // be a second one. Nothing is lost, because everything is held.
+            process.kill_group(STOP);
+            return Err(self.useless(image, &process, "does not go on with it"));
+        }
+        tracing::info!(
+            "image {}: served again by process {} after {} ms",
+            image.reference,
+            process.pid(),
+            began.elapsed().as_millis()
+        );
+        Ok(Arc::new(process))
+    }
+
+    /// Starts a daemon that mounts `image`.
+    fn mount(&self, image: &Image, holder: Option<&Holder>) -> Result<Arc<Process>, Error> {
+        lament(image);
         detach(&image.mountpoint);
         fs::create_dir_all(&image.mountpoint)
             .map_err(Error::io(&image.mountpoint, "cannot make the directory"))?;
         let began = Instant::now();
-        let log = self.settings.log_file(image.id);
-        let mut command = self.settings.command(image)?;
-        let process = Process::start(&mut command, &log).map_err(|error| {
-            failed(format!(
-                "cannot start {}: {error}",
-                self.settings.program().display()
-            ))
-        })?;
+        let process = self.start(image, holder, Vec::new())?;
         while !process::is_mounted(&image.mountpoint) {
             if !process.is_alive() || began.elapsed() > START {
-                process.end(STOP);
-                return Err(failed(format!(
-                    "nydusd did not mount it: {}",
-                    last_words(&log)
-                )));
+                return Err(self.useless(image, &process, "did not mount it"));
             }
             thread::sleep(Duration::from_millis(2));
         }
         // Answered by the daemon: from here on it serves.
         if let Err(error) = fs::metadata(&image.mountpoint) {
-            process.end(STOP);
+            let error = format!("does not serve it: {}", chain(&error));
+            let error = self.useless(image, &process, &error);
             detach(&image.mountpoint);
-            return Err(failed(format!(
-                "nydusd does not serve it: {}",
-                chain(&error)
-            )));
+            return Err(error);
         }
         tracing::info!(
             "image {}: mounted by process {} in {} ms",
@@ -241,22 +354,59 @@ impl Daemons {
         Ok(Arc::new(process))
     }
 
+    /// Starts a daemon with `files`, by name, as its own.
+    fn start(
+        &self,
+        image: &Image,
+        holder: Option<&Holder>,
+        files: Vec<(String, OwnedFd)>,
+    ) -> Result<Process, Error> {
+        let mut command = self.settings.command(image, holder.is_some())?;
+        let (names, files): (Vec<String>, Vec<OwnedFd>) = files.into_iter().unzip();
+        manager::introduce(&mut command, holder.map(Holder::path), &names);
+        let log = self.settings.log_file(image.id);
+        Process::start(&command, &log, &files).map_err(|error| Error::Mount {
+            image: image.reference.clone(),
+            reason: format!(
+                "cannot start {}: {error}",
+                self.settings.program().display()
+            ),
+        })
+    }
+
+    /// Ends a daemon that does not do what it should.
+    fn useless(&self, image: &Image, process: &Process, what: &str) -> Error {
+        process.end(STOP);
+        Error::Mount {
+            image: image.reference.clone(),
+            reason: format!(
+                "nydusd {what}: {}",
+                last_words(&self.settings.log_file(image.id))
+            ),
+        }
+    }
+
     /// Waits, in a thread, for the end of a daemon, and replaces it if its image is
-    /// still wanted.
-    fn watch(self: &Arc<Self>, id: u64, process: Arc<Process>) {
+    /// still wanted. Without a daemon, only the latter.
+    fn watch(self: &Arc<Self>, id: u64, process: Option<Arc<Process>>) {
         let daemons = Arc::clone(self);
         let watch = move || {
             let mut process = process;
-            let mut pause = Duration::from_millis(100);
+            let mut pause = FIRST_PAUSE;
+            if process.is_none() {
+                thread::sleep(pause);
+            }
             loop {
                 let began = Instant::now();
-                process.wait();
-                if began.elapsed() > HEALTHY {
-                    pause = Duration::from_millis(100);
+                if let Some(process) = &process {
+                    process.wait();
                 }
-                match daemons.replace(id, &process, &mut pause) {
-                    Some(next) => process = next,
-                    None => return,
+                if began.elapsed() > HEALTHY {
+                    pause = FIRST_PAUSE;
+                }
+                process = daemons.replace(id, process.as_ref(), &mut pause);
+                if process.is_none() {
+                    return;
                 }
             }
         };
@@ -268,37 +418,67 @@ impl Daemons {
         }
     }
 
-    /// Replaces `dead` until that works; `None` if it was ended on purpose.
-    fn replace(&self, id: u64, dead: &Arc<Process>, pause: &mut Duration) -> Option<Arc<Process>> {
+    /// Replaces `dead` until that works; `None` if it was ended on purpose, or replaced
+    /// by somebody else.
+    fn replace(
+        &self,
+        id: u64,
+        dead: Option<&Arc<Process>>,
+        pause: &mut Duration,
+    ) -> Option<Arc<Process>> {
         loop {
             let slot = self.slot(id);
             let mut slot = lock(&slot);
-            if !slot
-                .process
-                .as_ref()
-                .is_some_and(|process| Arc::ptr_eq(process, dead))
-            {
+            slot.retrying &= dead.is_some();
+            let same = match (&slot.process, dead) {
+                (Some(process), Some(dead)) => Arc::ptr_eq(process, dead),
+                (None, None) => true,
+                _ => false,
+            };
+            if !same {
                 return None;
             }
             let image = slot.wanted.clone()?;
-            tracing::warn!(
-                "image {}: its daemon, process {}, is gone; starting another",
-                image.reference,
-                dead.pid()
-            );
-            self.restarts.fetch_add(1, Ordering::Relaxed);
-            match self.run(&image) {
+            if let Some(dead) = dead {
+                tracing::warn!(
+                    "image {}: process {} of its daemon has ended",
+                    image.reference,
+                    dead.pid()
+                );
+            }
+            let holder = self.hold(&mut slot, id);
+            match self.run(&image, holder.as_deref()) {
                 Ok(process) => {
+                    if !process.was_found() {
+                        self.restarts.fetch_add(1, Ordering::Relaxed);
+                    }
                     slot.process = Some(Arc::clone(&process));
                     return Some(process);
                 }
                 Err(error) => tracing::error!("{}; trying again in {pause:?}", chain(&error)),
             }
+            slot.retrying = dead.is_none();
             drop(slot);
             thread::sleep(*pause);
             *pause = (*pause * 2).min(MAX_PAUSE);
         }
     }
+}
+
+/// Says so if containers have lost their root: it is mounted, and nobody answers for it.
+fn lament(image: &Image) {
+    let Some(kind) = process::kind_of_mount(&image.mountpoint) else {
+        return;
+    };
+    let cost = match kind.as_str() {
+        "erofs" => "what they had not fetched reads as ZEROS",
+        _ => "they cannot read any more",
+    };
+    tracing::error!(
+        "image {}: its whole daemon has died, and nobody held its mount. Restart the \
+         containers that run on it: {cost}",
+        image.reference
+    );
 }
 
 /// Unmounts whatever is mounted on `point`, in use or not.

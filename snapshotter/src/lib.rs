@@ -14,6 +14,7 @@
 //! - [`mounts`]: the mounts that a container or an unpacker performs
 //! - [`images`]: which snapshots are lazily mounted images, and for whom
 //! - [`daemons`]: one `nydusd` per image: started, watched, found again
+//! - [`manager`], `notify`: systemd, which holds what this program holds for daemons
 //! - [`reconcile`]: after a start, records, directories and mounts agree again
 //! - [`config`], [`containerd_config`]: `config.toml`, and what containerd needs in its own
 //! - [`system`]: metrics, and who serves what
@@ -31,7 +32,9 @@ mod gc;
 pub mod images;
 pub mod labels;
 pub mod lifecycle;
+pub mod manager;
 pub mod mounts;
+mod notify;
 pub mod reconcile;
 pub mod server;
 pub mod service;

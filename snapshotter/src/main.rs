@@ -9,9 +9,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use snapshotter::config::{Config, DEFAULT_PATH};
 use snapshotter::containerd_config::{Generation, section};
-use snapshotter::server;
+use snapshotter::{manager, server};
 use tracing_subscriber::EnvFilter;
 
 /// Give containerd images that start before they are downloaded.
@@ -157,7 +158,18 @@ fn containerd_config(options: &ContainerdConfig, address: &Path) -> anyhow::Resu
     Ok(())
 }
 
+/// Descriptors of all daemons are held here: as many as the system allows.
+fn raise_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!("cannot raise the limit of open files: {error}");
+    }
+}
+
 fn run(cli: Cli) -> anyhow::Result<()> {
+    // Before anything is opened.
+    let inherited = manager::restore();
     let (config, warnings) = cli.configuration()?;
     if let Some(Command::ContainerdConfig(options)) = &cli.command {
         return containerd_config(options, &config.address);
@@ -172,10 +184,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     for warning in warnings {
         tracing::warn!("configuration: {warning}");
     }
+    raise_limit();
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start a runtime")?
-        .block_on(server::run(config))
+        .block_on(server::run(config, inherited))
 }

@@ -136,6 +136,7 @@ pub fn mounts(snapshots: &Arc<Snapshots>) -> Result<usize, Error> {
         });
         failed += outcomes.into_iter().filter(|mounted| !mounted).count();
     }
+    snapshots.daemons.forget_strangers();
     Ok(failed)
 }
 

@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::daemons::Daemons;
 use crate::daemons::settings::Settings;
 use crate::lifecycle::{Snapshots, make_directory};
+use crate::manager::{Inherited, Manager};
 use crate::reconcile;
 use crate::service::Service;
 use crate::system;
@@ -29,13 +30,16 @@ const WIND_DOWN: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT. Daemons go on running: containers use them.
 ///
+/// * `inherited`: what the service manager held since an earlier life.
+///
 /// # Errors
 /// The root or the socket cannot be used.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, inherited: Inherited) -> anyhow::Result<()> {
     // Before anything exists, so that no signal is lost.
     let stopped = stop_signal()?;
     let settings = Settings::new(&config, tokio::runtime::Handle::current())?;
-    let daemons = Daemons::new(settings);
+    let manager = Manager::of_this_service().map(Arc::new);
+    let daemons = Daemons::new(settings, manager.clone(), inherited);
     let opened = {
         let config = config.clone();
         tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
@@ -69,6 +73,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tokio::spawn(system::serve_metrics(listener, Arc::clone(&snapshots)));
     }
     tracing::info!("ready: serving {}", config.address.display());
+    if let Some(manager) = &manager {
+        manager.ready();
+    }
     // Requests under way are finished, but a client that holds its connection open
     // is not waited for.
     let (stop, stopping) = tokio::sync::oneshot::channel();

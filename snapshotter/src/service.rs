@@ -32,7 +32,10 @@ impl Service {
         let snapshots = Arc::clone(&self.0);
         let outcome = tokio::task::spawn_blocking(move || work(&snapshots)).await;
         match outcome {
-            Ok(Ok(answer)) => Ok(Response::new(answer)),
+            Ok(Ok(answer)) => {
+                tracing::debug!("{request}: done");
+                Ok(Response::new(answer))
+            }
             Ok(Err(error)) => {
                 let status = Status::from(error);
                 match status.code() {

@@ -115,7 +115,7 @@ fn daemons(snapshots: &Snapshots) -> String {
                 "id": id,
                 "pid": daemon.pid.unwrap_or_default(),
                 "api_socket": "",
-                "supervisor_path": "",
+                "supervisor_path": daemon.supervisor_path,
                 "reference": 1,
                 "mountpoint": daemon.mountpoint,
                 "instances": {id.clone(): instance},
@@ -164,6 +164,18 @@ fn metrics(snapshots: &Snapshots) -> String {
         "counter",
         "Daemons that ended while their image was in use and were replaced.",
         &[("", snapshots.daemons.restarts())],
+    );
+    let held = snapshots
+        .daemons
+        .list()
+        .iter()
+        .map(|daemon| daemon.held)
+        .sum();
+    gauge(
+        "nydus_snapshotter_held_descriptors",
+        "gauge",
+        "Descriptors that are held in case a whole daemon dies.",
+        &[("", number(held))],
     );
     let cache = snapshots.cache_usage();
     gauge(

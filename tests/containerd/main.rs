@@ -7,15 +7,20 @@
 //! - [`suite`]: what containerd's own tests demand of a snapshotter, over gRPC
 //! - [`layers`]: changes of layers, seen through the mounts
 //! - [`crash`]: the plugin killed at any moment, and its directory damaged
-//! - [`pods`]: lazily started pods, as kubelet starts them
+//! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
+//! - [`chaos`]: everything on the node dies, one after the other
+//! - [`deaths`]: all processes of a daemon die at once, and containers read on
 
 #![allow(
     clippy::unwrap_used,
     reason = "a test that cannot go on fails where it stands"
 )]
 
+mod chaos;
 mod crash;
+mod deaths;
 mod layers;
+mod node;
 mod pods;
 mod suite;
 

@@ -1,9 +1,12 @@
 //! `nydus-snapshotter`, running, and a client that asks it as containerd does.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, killpg};
@@ -22,6 +25,7 @@ use tonic::{Code, Status};
 use crate::binaries::{nydus_snapshotter, nydusd_path};
 use crate::command::succeed;
 use crate::mount::detach;
+use crate::notify::ServiceManager;
 use crate::process::Process;
 
 /// Labels of a snapshot.
@@ -67,7 +71,24 @@ impl Plugin {
     /// # Errors
     /// As [`Plugin::start`].
     pub fn start_again(&mut self) -> Result<()> {
-        self.starts += 1;
+        let command = self.command()?;
+        self.launch(command)
+    }
+
+    /// Starts it after it has ended, as a service of `manager`.
+    ///
+    /// # Errors
+    /// As [`Plugin::start`].
+    pub fn start_as_service(&mut self, manager: &Mutex<ServiceManager>) -> Result<()> {
+        let command = self.command()?;
+        let service = {
+            let manager = manager.lock().unwrap_or_else(PoisonError::into_inner);
+            manager.service(&command)
+        };
+        self.launch(service)
+    }
+
+    fn command(&self) -> Result<Command> {
         let config = self.directory.join("config.toml");
         let text = format!(
             "root = {:?}\naddress = {:?}\n{}",
@@ -85,6 +106,11 @@ impl Plugin {
         command.arg("--log-level").arg("debug");
         command.env("DOCKER_CONFIG", self.directory.join("no-credentials"));
         command.envs(self.environment.iter().cloned());
+        Ok(command)
+    }
+
+    fn launch(&mut self, mut command: Command) -> Result<()> {
+        self.starts += 1;
         let log = self
             .directory
             .join(format!("snapshotter-{}.log", self.starts));
@@ -176,17 +202,39 @@ impl Plugin {
         Ok(())
     }
 
-    fn processes(&self) -> Result<Vec<i32>> {
-        let mut pgrep = Command::new("pgrep");
-        pgrep
-            .arg("-f")
-            .arg(format!("[-]-mountpoint {}/", self.root().display()));
-        let found = crate::command::run(&mut pgrep)?;
-        Ok(found
-            .stdout
-            .lines()
-            .filter_map(|line| line.parse().ok())
-            .collect())
+    /// Whether this process of a daemon is the one that only holds descriptors.
+    #[must_use]
+    pub fn is_keeper(&self, pid: i32) -> bool {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|&byte| byte == 0).nth(1) != Some(b"worker")
+    }
+
+    /// Process ids of all processes of all daemons.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        // Not by `pgrep`: it looks at every process, and one of a container that waits for
+        // its daemon lets nobody look.
+        let here = std::fs::read_link("/proc/self/ns/mnt")?;
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc")? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            let Some(pid) = name.and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            if std::fs::read_link(path.join("ns/mnt")).is_ok_and(|there| there == here) {
+                let line = std::fs::read(path.join("cmdline")).unwrap_or_default();
+                let mut words = line.split(|&byte| byte == 0);
+                let point = words.find(|word| *word == b"--mountpoint");
+                let point = point.and_then(|_| words.next()).unwrap_or_default();
+                if Path::new(OsStr::from_bytes(point)).starts_with(self.root()) {
+                    found.push(pid);
+                }
+            }
+        }
+        Ok(found)
     }
 }
 

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use base64::Engine as _;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -34,7 +35,9 @@ pub enum Auth {
 /// A running registry.
 #[derive(Debug)]
 pub struct Registry {
-    process: Process,
+    /// None while it is away.
+    process: Option<Process>,
+    starts: u32,
     host: String,
     auth: Auth,
     // Dropped after the process that writes into it.
@@ -66,13 +69,11 @@ impl Registry {
         loop {
             let host = format!("127.0.0.1:{}", free_port()?);
             let config = configuration(scratch.path(), &host, &auth)?;
-            let log = scratch.path().join("log");
-            let mut command = Command::new("docker-registry");
-            let mut process = Process::start(command.arg("serve").arg(config), &log)?;
-            match process.wait_until(|_| TcpStream::connect(&host).is_ok()) {
-                Ok(()) => {
+            match serve(&config, &host, &scratch.path().join("log")) {
+                Ok(process) => {
                     return Ok(Self {
-                        process,
+                        process: Some(process),
+                        starts: 1,
                         host,
                         auth,
                         scratch,
@@ -82,6 +83,29 @@ impl Registry {
                 Err(_) => attempts += 1,
             }
         }
+    }
+
+    /// Ends it at once. What was pushed stays.
+    ///
+    /// # Errors
+    /// It is gone already.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the registry does not run")?;
+        process.signal(Signal::SIGKILL)?;
+        process.wait()?;
+        Ok(())
+    }
+
+    /// Starts it after it was killed, at the same place, with a new log.
+    ///
+    /// # Errors
+    /// As [`Registry::start`]; or somebody has taken the port.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.starts += 1;
+        let log = self.scratch.path().join(format!("log-{}", self.starts));
+        let config = self.scratch.path().join("config.yml");
+        self.process = Some(serve(&config, &self.host, &log)?);
+        Ok(())
     }
 
     /// `127.0.0.1:port`.
@@ -96,10 +120,10 @@ impl Registry {
         format!("{}/{name}", self.host)
     }
 
-    /// Everything that the registry logged, requests included.
+    /// Everything that the registry logged since its last start, requests included.
     #[must_use]
     pub fn log(&self) -> String {
-        self.process.log()
+        self.process.as_ref().map(Process::log).unwrap_or_default()
     }
 
     /// What was asked since the log was `mark` bytes long.
@@ -252,6 +276,14 @@ impl Registry {
         let directory = self.docker_config(&self.host)?;
         Ok(skopeo.arg("--authfile").arg(directory.join("config.json")))
     }
+}
+
+/// Starts the program.
+fn serve(config: &Path, host: &str, log: &Path) -> Result<Process> {
+    let mut command = Command::new("docker-registry");
+    let mut process = Process::start(command.arg("serve").arg(config), log)?;
+    process.wait_until(|_| TcpStream::connect(host).is_ok())?;
+    Ok(process)
 }
 
 fn skopeo(verb: &str) -> Command {

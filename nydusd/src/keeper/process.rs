@@ -49,6 +49,8 @@ struct Keeper {
     /// Who holds it, too, if somebody does.
     store: Option<Store>,
     signals: UnixStream,
+    /// Whether the store asks for everything again.
+    again: UnixStream,
     /// Whether a signal came that no worker has been told of. One kind of end is
     /// enough, so it is not remembered which it was.
     pending: bool,
@@ -165,18 +167,14 @@ pub(crate) fn channel() -> anyhow::Result<OwnedFd> {
 
 impl Keeper {
     fn new(arguments: Vec<OsString>) -> anyhow::Result<Self> {
-        let (signals, sender) = UnixStream::pair().context("cannot make a socket pair")?;
-        signals.set_nonblocking(true)?;
-        for signal in [SIGTERM, SIGINT] {
-            let sender = sender.try_clone()?;
-            signal_hook::low_level::pipe::register(signal, sender)
-                .context("cannot catch signals")?;
-        }
+        let signals = catch(&[SIGTERM, SIGINT])?;
+        let again = catch(&[store::AGAIN])?;
         Ok(Self {
             arguments,
             held: Receiver::default(),
             store: None,
             signals,
+            again,
             pending: false,
             score: None,
             pause: FIRST_PAUSE,
@@ -259,10 +257,11 @@ impl Keeper {
     /// Takes in what the worker says and passes signals on, until the worker is gone.
     fn listen(&mut self, worker: &mut Worker) {
         loop {
-            let [said, signalled] = {
+            let [said, signalled, again] = {
                 let mut fds = [
                     PollFd::new(worker.channel.as_fd(), PollFlags::POLLIN),
                     PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                    PollFd::new(self.again.as_fd(), PollFlags::POLLIN),
                 ];
                 if poll(&mut fds, PollTimeout::NONE).is_err() {
                     continue; // A signal came; it is in the pipe.
@@ -270,7 +269,12 @@ impl Keeper {
                 fds.map(|fd| fd.any().unwrap_or(true))
             };
             if signalled {
-                self.note_signal();
+                drain(&mut self.signals);
+                self.pending = true;
+            }
+            if again {
+                drain(&mut self.again);
+                self.store_again(worker.served);
             }
             if said && !self.hear(worker) {
                 return;
@@ -281,10 +285,14 @@ impl Keeper {
         }
     }
 
-    fn note_signal(&mut self) {
-        let mut bytes = [0; 64];
-        while self.signals.read(&mut bytes).is_ok_and(|len| len > 0) {}
-        self.pending = true;
+    /// * `served`: whether the worker serves what there is.
+    fn store_again(&mut self, served: bool) {
+        if let Some(store) = &mut self.store {
+            store.put_again(&self.held.deposits);
+            if served {
+                store.tell("READY=1");
+            }
+        }
     }
 
     /// One message; `false` at the end of the worker.
@@ -334,6 +342,22 @@ impl Worker {
         let status = self.child.as_mut().and_then(|child| child.wait().ok());
         status.map_or_else(String::new, |status| format!(" ({status})"))
     }
+}
+
+/// A stream that can be read after one of `signals` came.
+fn catch(signals: &[i32]) -> anyhow::Result<UnixStream> {
+    let (stream, sender) = UnixStream::pair().context("cannot make a socket pair")?;
+    stream.set_nonblocking(true)?;
+    for signal in signals {
+        signal_hook::low_level::pipe::register(*signal, sender.try_clone()?)
+            .context("cannot catch signals")?;
+    }
+    Ok(stream)
+}
+
+fn drain(stream: &mut UnixStream) {
+    let mut bytes = [0; 64];
+    while stream.read(&mut bytes).is_ok_and(|len| len > 0) {}
 }
 
 /// Asks the kernel to end this process last; returns what the score was.

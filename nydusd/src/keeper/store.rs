@@ -6,6 +6,11 @@
 //! descriptors live on there, so the kernel goes on waiting for answers, and the next
 //! start gets everything back (`$LISTEN_FDS`) and continues.
 //!
+//! `nydus-snapshotter` does the same for the daemons that it starts. It cannot name the
+//! process that it is about to start, so it marks the environment ([`MANAGED`]) and makes
+//! that process the leader of a group, which nobody is who inherits the environment. It
+//! may die and come back with nothing, and then asks for everything again ([`AGAIN`]).
+//!
 //! The store knows descriptors by name and in no order. A deposit `d` of `n`
 //! descriptors is stored as `d.0` to `d.<n-1>`, and its note, with `n`, as memory `d.note`,
 //! last: a deposit without note or with a descriptor missing was not stored to its end.
@@ -56,6 +61,12 @@ pub(crate) struct Stored {
     rest: Vec<String>,
 }
 
+/// Says, to the leader of a process group, that whoever has started it is its service
+/// manager.
+const MANAGED: &str = "NYDUS_MANAGED";
+/// The signal by which a service manager that has lost everything asks for it again. The
+/// whole process group gets it; those that do not catch it do not notice.
+pub(super) const AGAIN: i32 = signal_hook::consts::SIGURG;
 /// Where the service manager listens.
 pub(super) const SOCKET: &str = "NOTIFY_SOCKET";
 
@@ -63,8 +74,7 @@ impl Store {
     /// The store of the service manager that has started this very process, if one has:
     /// its environment may have been inherited through somebody else, whose affair it is.
     pub(super) fn of_this_service() -> Option<Self> {
-        let started = env::var("SYSTEMD_EXEC_PID").ok()?;
-        (started == std::process::id().to_string()).then(Self::inherited)?
+        means_this_process("SYSTEMD_EXEC_PID").then(Self::inherited)?
     }
 
     /// The store of a predecessor of this process, if it had one.
@@ -114,6 +124,18 @@ impl Store {
         self.forget(name, known.max(deposit.files.len()));
         if let Err(error) = self.try_put(name, deposit) {
             tracing::warn!("{name}: not stored by the service manager: {error:#}");
+        }
+    }
+
+    /// Stores copies of all deposits: the service manager has come back with nothing.
+    pub(super) fn put_again(&mut self, deposits: &Deposits) {
+        for (name, deposit) in deposits {
+            // Nothing is removed first: what the manager has after all stays whole.
+            if !name.starts_with(SILENT)
+                && let Err(error) = self.try_put(name, deposit)
+            {
+                tracing::warn!("{name}: not stored by the service manager: {error:#}");
+            }
         }
     }
 
@@ -179,14 +201,23 @@ impl Store {
     }
 }
 
+/// Whether the environment was made for this process: the variable `pid` names it, or it
+/// leads the group of a managed service.
+fn means_this_process(pid: &str) -> bool {
+    let me = std::process::id().to_string();
+    env::var(pid).is_ok_and(|pid| pid == me)
+        || (env::var_os(MANAGED).is_some() && nix::unistd::getpgrp() == nix::unistd::getpid())
+}
+
 /// What an earlier life of this service has stored: deposits that are whole. Call once,
 /// before any descriptor is opened.
 pub(super) fn restore() -> Stored {
-    let number = |name: &str| env::var(name).ok()?.parse::<u32>().ok();
-    if number("LISTEN_PID") != Some(std::process::id()) {
+    if !means_this_process("LISTEN_PID") {
         return Stored::default();
     }
-    let count = number("LISTEN_FDS").unwrap_or(0);
+    let count = env::var("LISTEN_FDS").ok();
+    let count = count.and_then(|count| count.parse::<u32>().ok());
+    let count = count.unwrap_or(0);
     let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
     let files = (FIRST..).zip(names.split(':')).zip(0..count);
     let named = files.filter_map(|((file, name), _)| {

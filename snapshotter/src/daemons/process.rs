@@ -1,35 +1,45 @@
 //! Processes that outlive their parent: started, found again, waited for, ended.
 //!
 //! A process is held by a descriptor of it, so its number can be used by another
-//! one meanwhile without harm.
+//! one meanwhile without harm. It leads a process group, in which its own children are.
 
-use std::ffi::OsStr;
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::process::Command;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawnp};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
+
+/// First descriptor that is handed to a process.
+const FIRST: RawFd = 3;
 
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Process {
     pid: i32,
     descriptor: OwnedFd,
-    /// There if we are its parent: somebody has to take note of its end.
-    child: Mutex<Option<Child>>,
+    /// Whether it ran before we knew of it.
+    found: bool,
 }
 
 impl Process {
     /// Starts `command` in a process group of its own, with its output appended to
-    /// the file `log`.
-    pub(crate) fn start(command: &mut Command, log: &Path) -> io::Result<Self> {
+    /// the file `log`, and with `files` as its descriptors from 3 on.
+    ///
+    /// Not by the standard library: what it needs to tell of a failure is a descriptor,
+    /// too, and could be one of those that `files` replace.
+    pub(crate) fn start(command: &Command, log: &Path, files: &[OwnedFd]) -> io::Result<Self> {
         if let Some(directory) = log.parent() {
             fs::create_dir_all(directory)?;
         }
@@ -38,21 +48,50 @@ impl Process {
             .append(true)
             .mode(0o600)
             .open(log)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        let child = command.process_group(0).spawn()?;
-        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        let mut actions = PosixSpawnFileActions::init()?;
+        let null = File::open("/dev/null")?;
+        actions.add_dup2(null.as_raw_fd(), 0)?;
+        for output in [1, 2] {
+            actions.add_dup2(log.as_raw_fd(), output)?;
+        }
+        // Out of the way first: a descriptor may have the number of another.
+        let least = FIRST + RawFd::try_from(files.len()).map_err(io::Error::other)?;
+        let mut lifted = Vec::with_capacity(files.len());
+        for (file, number) in files.iter().zip(FIRST..) {
+            let copy = fcntl(file, FcntlArg::F_DUPFD_CLOEXEC(least))?;
+            actions.add_dup2(copy, number)?;
+            // SAFETY: the kernel has just made it for us alone.
+            lifted.push(unsafe { OwnedFd::from_raw_fd(copy) });
+        }
+        let mut attributes = PosixSpawnAttr::init()?;
+        attributes.set_pgroup(Pid::from_raw(0))?;
+        // As the standard library does it: programs expect both.
+        attributes.set_sigmask(&SigSet::empty())?;
+        attributes.set_sigdefault(&SigSet::from(Signal::SIGPIPE))?;
+        attributes.set_flags(
+            PosixSpawnFlags::POSIX_SPAWN_SETPGROUP
+                | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK
+                | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF,
+        )?;
+        let program = text(command.get_program())?;
+        let arguments = std::iter::once(command.get_program()).chain(command.get_args());
+        let arguments = arguments.map(text).collect::<io::Result<Vec<_>>>()?;
+        let environment = environment(command)?;
+        let pid = posix_spawnp(&program, &actions, &attributes, &arguments, &environment)?;
         Ok(Self {
-            pid,
-            descriptor: open(pid)?,
-            child: Mutex::new(Some(child)),
+            pid: pid.as_raw(),
+            descriptor: open(pid.as_raw())?,
+            found: false,
         })
     }
 
     pub(crate) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Whether it was found rather than started.
+    pub(crate) fn was_found(&self) -> bool {
+        self.found
     }
 
     pub(crate) fn is_alive(&self) -> bool {
@@ -96,25 +135,68 @@ impl Process {
         }
     }
 
-    fn reap(&self) {
-        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(child) = child.as_mut() {
-            // It has ended: this does not wait.
-            let _ = child.try_wait();
+    /// Sends a signal to all processes of its group.
+    pub(crate) fn signal_group(&self, signal: i32) {
+        // SAFETY: takes and returns plain numbers.
+        let group = unsafe { libc::getpgid(self.pid) };
+        // Looked at after its number was used: it was nobody else's then.
+        if group > 1 && self.is_alive() {
+            // SAFETY: as above.
+            unsafe { libc::kill(-group, signal) };
         }
     }
+
+    /// Kills all processes of its group.
+    pub(crate) fn kill_group(&self, patience: Duration) {
+        self.signal_group(libc::SIGKILL);
+        self.ends_within(PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX));
+        self.reap();
+    }
+
+    fn reap(&self) {
+        // If it is our child, it has ended: this does not wait.
+        let _ = waitid(
+            Id::PIDFd(self.descriptor.as_fd()),
+            WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG,
+        );
+    }
+}
+
+/// The environment that `command` is to have.
+fn environment(command: &Command) -> io::Result<Vec<CString>> {
+    let mut variables: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => variables.insert(name.to_owned(), value.to_owned()),
+            None => variables.remove(name),
+        };
+    }
+    let lines = variables.into_iter().map(|(mut line, value)| {
+        line.push("=");
+        line.push(value);
+        Ok(CString::new(line.into_vec())?)
+    });
+    lines.collect()
+}
+
+fn text(word: &OsStr) -> io::Result<CString> {
+    Ok(CString::new(word.as_bytes())?)
 }
 
 /// The process whose command line says that it serves `mountpoint`. Of a daemon of
 /// several processes, the one that the others descend from.
 pub(crate) fn find(mountpoint: &Path) -> Option<Process> {
     let mut found = Vec::new();
+    let here = fs::read_link("/proc/self/ns/mnt").ok()?;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
-        if pid.unsigned_abs() != std::process::id() && serves(&entry.path(), mountpoint) {
+        // The command line of a process is in its memory, and one of a container that waits
+        // for the very daemon we look for may let nobody look into that.
+        let same = fs::read_link(entry.path().join("ns/mnt")).is_ok_and(|there| there == here);
+        if same && pid.unsigned_abs() != std::process::id() && serves(&entry.path(), mountpoint) {
             found.push((pid, parent_of(&entry.path())));
         }
     }
@@ -124,7 +206,7 @@ pub(crate) fn find(mountpoint: &Path) -> Option<Process> {
     let process = Process {
         pid: *pid,
         descriptor: open(*pid).ok()?,
-        child: Mutex::new(None),
+        found: true,
     };
     // Looked at again now that its number cannot be given to another one unnoticed.
     serves(&Path::new("/proc").join(pid.to_string()), mountpoint).then_some(process)
@@ -132,11 +214,21 @@ pub(crate) fn find(mountpoint: &Path) -> Option<Process> {
 
 /// Whether something is mounted exactly at `point`.
 pub(crate) fn is_mounted(point: &Path) -> bool {
+    kind_of_mount(point).is_some()
+}
+
+/// The type of the file system that is mounted exactly at `point`.
+pub(crate) fn kind_of_mount(point: &Path) -> Option<String> {
     let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
-    table.split(|&byte| byte == b'\n').any(|line| {
-        let field = line.split(|&byte| byte == b' ').nth(4).unwrap_or_default();
-        Path::new(OsStr::from_bytes(field)) == point
-    })
+    let mut lines = table.split(|&byte| byte == b'\n');
+    let fields = lines.find_map(|line| {
+        let mut fields = line.split(|&byte| byte == b' ');
+        let place = fields.nth(4)?;
+        (Path::new(OsStr::from_bytes(place)) == point).then_some(fields)
+    });
+    // The number of fields in between varies, and a dash ends them.
+    let kind = fields?.skip_while(|field| *field != b"-").nth(1)?;
+    Some(String::from_utf8_lossy(kind).into_owned())
 }
 
 fn open(pid: i32) -> io::Result<OwnedFd> {
@@ -180,7 +272,7 @@ mod tests {
         command
             .args(["-c", "sleep 600; :", "sh", "--mountpoint"])
             .arg(&point);
-        let process = Process::start(&mut command, &directory.path().join("log")).unwrap();
+        let process = Process::start(&command, &directory.path().join("log"), &[]).unwrap();
         // The kernel lets a program start a moment before it shows its arguments.
         let began = std::time::Instant::now();
         let again = loop {
@@ -201,8 +293,40 @@ mod tests {
     }
 
     #[test]
+    fn descriptors_and_environment_are_handed_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        let files: Vec<OwnedFd> = ["one", "two", "three"]
+            .map(|name| {
+                let path = directory.path().join(name);
+                fs::write(&path, name).unwrap();
+                File::open(path).unwrap().into()
+            })
+            .into();
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "cat <&3; cat <&4; cat <&5; echo $WORD $HOME; exec cat <&6",
+        ]);
+        command.env("WORD", "word").env_remove("HOME");
+        let process = Process::start(&command, &log, &files).unwrap();
+        process.wait();
+        let output = fs::read_to_string(log).unwrap();
+        assert!(output.starts_with("onetwothreeword\n"), "{output}");
+        // Nothing else is open.
+        assert!(output.contains('6'), "{output}");
+        let missing = Process::start(
+            &Command::new("no-such-program"),
+            &directory.path().join("log"),
+            &files,
+        );
+        assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
     fn mounts_are_seen() {
         assert!(is_mounted(Path::new("/")));
+        assert_eq!(kind_of_mount(Path::new("/proc")).unwrap(), "proc");
         assert!(!is_mounted(Path::new("/nonexistent")));
     }
 }

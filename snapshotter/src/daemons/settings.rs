@@ -74,13 +74,20 @@ impl Settings {
             .join("nydusd.log")
     }
 
+    /// Where the daemon of an image leaves its descriptors.
+    pub(crate) fn holder_socket(&self, id: u64) -> PathBuf {
+        self.root.join("supervisor").join(format!("{id}.sock"))
+    }
+
     /// The command that serves `image`, whose configuration file is written.
-    pub(crate) fn command(&self, image: &Image) -> Result<Command, Error> {
+    ///
+    /// * `held`: whether its descriptors outlive it.
+    pub(crate) fn command(&self, image: &Image, held: bool) -> Result<Command, Error> {
         let place = place_of(image)?;
         let directory = self.config_dir(image.id);
         make_directory(&directory, 0o700)?;
         let file = directory.join("config.json");
-        write(&file, &self.config(image, &place).to_string())?;
+        write(&file, &self.config(image, &place, held).to_string())?;
         let mut command = Command::new(&self.program);
         command.arg("--config").arg(&file);
         command.arg("--bootstrap").arg(&image.bootstrap);
@@ -97,8 +104,13 @@ impl Settings {
         Ok(command)
     }
 
-    fn config(&self, image: &Image, place: &RegistryRef) -> Value {
+    fn config(&self, image: &Image, place: &RegistryRef, held: bool) -> Value {
         let mut config = Value::Object(self.template.clone());
+        if held && config["driver"].is_null() {
+            // Without a third holder the kernel would make zeros of what is missing when
+            // all of a daemon dies; nydusd's own default fails then.
+            config["driver"] = json!("auto");
+        }
         let device = &mut config["device"];
         device["id"] = json!(format!("/{}", image.id));
         device["cache"]["type"] = json!("blobcache");
