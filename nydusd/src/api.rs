@@ -25,6 +25,7 @@ use crate::logging::Logs;
 use crate::manager::saved::Origin;
 use crate::manager::{ManageError, Manager};
 use crate::mounts::Source;
+use crate::upgrade::{Exit, Life, Refusal};
 use error::ApiError;
 use request::Call;
 pub(crate) use server::{Control, SILENT, SOCKET, Server};
@@ -40,6 +41,8 @@ pub(crate) struct Api {
     pub id: Option<String>,
     /// Socket of its supervisor, if it has one.
     pub supervisor: Option<PathBuf>,
+    /// How far it is.
+    pub life: Life,
 }
 
 /// What a call has to say.
@@ -49,8 +52,12 @@ enum Answer {
     Json(Value),
     /// Metrics in Prometheus' text format.
     Text(String),
-    /// Nothing, and then the daemon ends.
+    /// Nothing, and then the daemon unmounts and ends.
     Exit,
+    /// Nothing, and then the daemon ends.
+    Leave,
+    /// Nothing, and then a fresh worker goes on.
+    PassOn,
 }
 
 /// Body of a mount.
@@ -94,16 +101,34 @@ impl Api {
                     ApiError::not_found("DaemonInfo(NotFound)")
                 })?))
             }
-            Call::Start => Err(unexpected("Configure", "Start")),
-            Call::Takeover => Err(unexpected("Upgrade", "Takeover")),
-            Call::SendFd => Err(ApiError::failed(
-                "Upgrade(NotReady(\"no supervisor: start with --supervisor\"))",
-            )),
-            Call::Exit => Ok(Answer::Exit),
+            Call::Start => {
+                let started = self.life.start();
+                started.map_err(|why| refused_step(why, "Configure", "Start"))?;
+                Ok(Answer::PassOn)
+            }
+            Call::Takeover => {
+                let taken = self.life.take_over();
+                taken.map_err(|why| refused_step(why, "Upgrade", "Takeover"))?;
+                Ok(Answer::Nothing)
+            }
+            Call::SendFd => {
+                let sent = self.life.send();
+                sent.map_err(|why| refused_step(why, "Upgrade", "Save"))?;
+                Ok(Answer::Nothing)
+            }
+            Call::Exit { unmount: true } => Ok(Answer::Exit),
+            Call::Exit { unmount: false } => Ok(match self.life.exit() {
+                Exit::Leave => Answer::Leave,
+                Exit::Unmount => Answer::Exit,
+            }),
             Call::Mount { mountpoint } => self.mount(mountpoint, body, false),
             Call::Remount { mountpoint } => self.mount(mountpoint, body, true),
             Call::Umount { mountpoint } => {
-                self.manager.unmount(mountpoint).map_err(refused)?;
+                let done = match self.life.waits() {
+                    Some(waiting) => waiting.unpost(mountpoint),
+                    None => self.manager.unmount(mountpoint),
+                };
+                done.map_err(refused)?;
                 Ok(Answer::Nothing)
             }
             Call::Metrics { id } => json(reports::files(reports::by_path(&table, id, "Global")?)),
@@ -122,6 +147,9 @@ impl Api {
                 Ok(waiting.map_or(Answer::Nothing, Answer::Json))
             }
             Call::Settings { scope } => json(json!(self.manager.settings(scope.as_deref()))),
+            Call::SetSettings { .. } if self.life.waits().is_some() => {
+                Err(ApiError::not_ready("Configure", "nothing is served yet"))
+            }
             Call::SetSettings { scope } => {
                 let settings: BTreeMap<String, String> = parse(body)?;
                 self.manager
@@ -153,7 +181,9 @@ impl Api {
         }
         let source = described(body).map_err(failed)?;
         let origin = Origin::Api(text.to_vec());
-        let done = if replace {
+        let done = if let Some(waiting) = self.life.waits() {
+            waiting.post(mountpoint, &source, text, replace)
+        } else if replace {
             self.manager.remount(mountpoint, &source, &origin)
         } else {
             self.manager.mount(mountpoint, &source, &origin)
@@ -187,6 +217,11 @@ fn described(body: MountBody) -> anyhow::Result<Source> {
     Ok(source)
 }
 
+/// Whether a deposit of this name is of the control API.
+pub(crate) fn is_control(name: &str) -> bool {
+    name == SOCKET || name.starts_with(SILENT)
+}
+
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(body)
         .map_err(|err| ApiError::bad(format!("ParseBody(Error({:?}))", err.to_string())))
@@ -202,10 +237,17 @@ fn refused(err: ManageError) -> ApiError {
     }
 }
 
-fn unexpected(call: &str, event: &str) -> ApiError {
-    ApiError::bad(format!(
-        "{call}(DaemonAbnormal(UnexpectedEvent(\"{event}\")))"
-    ))
+fn refused_step(why: Refusal, call: &str, event: &str) -> ApiError {
+    match why {
+        Refusal::Unexpected => ApiError::bad(format!(
+            "{call}(DaemonAbnormal(UnexpectedEvent(\"{event}\")))"
+        )),
+        Refusal::NotReady(words) => ApiError::not_ready(call, &words),
+        Refusal::Failed(error) => {
+            tracing::warn!("{event}: {error:#}");
+            ApiError::failed(format!("{call}({:?})", format!("{error:#}")))
+        }
+    }
 }
 
 #[cfg(test)]

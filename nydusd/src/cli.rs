@@ -6,7 +6,7 @@
 //! features that do not exist yet are parsed all the same, so that the error
 //! names the feature instead of the option ([`FuseOptions::check`]).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -14,6 +14,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use storage::gate::Limits;
 
 use crate::driver::Choice;
+use crate::upgrade::waiting;
 
 /// Text of `--version`: one item per line, behind a carriage return that makes
 /// the program name disappear on a terminal; clients search for `Git Commit:`.
@@ -93,6 +94,26 @@ pub(crate) enum Task {
     Control(Control),
 }
 
+impl Task {
+    /// Where something is mounted.
+    pub(crate) fn mountpoint(&self) -> Option<&Path> {
+        match self {
+            Self::Fuse(options) => options.mountpoint.as_deref(),
+            Self::Mount(options) => Some(&options.mountpoint),
+            Self::Control(_) => None,
+        }
+    }
+
+    /// What becomes of requests in flight at a take-over.
+    pub(crate) fn failover_policy(&self) -> FailoverPolicy {
+        let chosen = match self {
+            Self::Fuse(options) => options.failover_policy,
+            Self::Mount(_) | Self::Control(_) => None,
+        };
+        chosen.unwrap_or(FailoverPolicy::Resend)
+    }
+}
+
 /// Tasks that mount nothing.
 #[derive(Debug)]
 pub(crate) enum Control {
@@ -166,15 +187,17 @@ pub(crate) struct Global {
     #[arg(short = 'C', long, value_name = "file", global = true)]
     pub config: Option<PathBuf>,
 
-    /// Name of this daemon at its supervisor (not supported yet)
+    /// Name of this daemon at its supervisor
     #[arg(long, requires = "supervisor", global = true)]
     pub id: Option<String>,
 
-    /// Socket of the supervisor (not supported yet)
+    /// Socket on which a supervisor takes and offers the state of this daemon, so that
+    /// another one can go on with its mounts
     #[arg(long, value_name = "path", requires = "id", global = true)]
     pub supervisor: Option<PathBuf>,
 
-    /// Wait to take over the mounts of a running daemon (not supported yet)
+    /// Mount nothing: wait to be told, by the control socket, to take over the mounts
+    /// whose state the supervisor has
     #[arg(long, global = true)]
     pub upgrade: bool,
 
@@ -256,7 +279,8 @@ pub(crate) struct FuseOptions {
     #[arg(long, value_name = "file")]
     pub dedup_db: Option<PathBuf>,
 
-    /// What a take-over does with requests in flight [default: resend]
+    /// What becomes of FUSE requests that the old daemon had taken and not answered
+    /// [default: resend]
     #[arg(long, value_name = "policy")]
     pub failover_policy: Option<FailoverPolicy>,
 
@@ -282,11 +306,11 @@ pub(crate) struct FuseOptions {
 /// What a take-over does with requests in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FailoverPolicy {
-    /// Leave them.
+    /// Leave them: their readers wait until they are killed.
     None,
     /// Have the kernel send them again.
     Resend,
-    /// Have the kernel drop them.
+    /// Answer them with an error.
     Flush,
 }
 
@@ -420,17 +444,15 @@ impl Global {
         (self.slow_read_ms > 0).then(|| Duration::from_millis(self.slow_read_ms))
     }
 
-    /// Names the first option whose feature does not exist yet.
+    /// Says what is missing for `--upgrade`.
     ///
     /// # Errors
-    /// One line that names option and feature.
+    /// One line that names it.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
-        refuse(
-            self.supervisor.is_some(),
-            "--supervisor",
-            "hand-over to a supervisor",
-        )?;
-        refuse(self.upgrade, "--upgrade", "taking over live mounts")
+        if self.upgrade {
+            waiting::check(self.apisock.as_deref(), self.supervisor.as_deref())?;
+        }
+        Ok(())
     }
 
     /// Options that are accepted and change nothing.
@@ -568,8 +590,8 @@ mod tests {
     #[test]
     fn options_of_missing_features_name_the_feature() {
         for (line, wanted) in [
-            ("nydusd -M /m --id i --supervisor s", "supervisor"),
-            ("nydusd -M /m --upgrade", "taking over"),
+            ("nydusd -M /m --upgrade", "--supervisor"),
+            ("nydusd -M /m --upgrade --id i --supervisor s", "--apisock"),
             ("nydusd -M /m --writable", "writable"),
             ("nydusd -M /m --dedup-db d", "chunk database"),
             (

@@ -123,7 +123,7 @@ fn umount(socket: &Path, options: &UmountOptions) -> anyhow::Result<()> {
             ask(socket, "DELETE", &target)?;
         }
         None => {
-            ask(socket, "PUT", "/api/v1/daemon/exit")?;
+            ask(socket, "PUT", "/api/v1/daemon/exit?unmount=true")?;
         }
     }
     if options.json {

@@ -30,6 +30,42 @@ enum Event {
     Signal(i32),
     /// A mount is gone.
     Ended(Ended),
+    /// The mounts are left to somebody else.
+    Leave,
+    /// A fresh worker is to go on.
+    PassOn,
+}
+
+/// How the daemon comes to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Nothing is mounted any more.
+    Unmounted,
+    /// What is mounted is somebody else's from now on.
+    Left,
+    /// A fresh worker goes on.
+    PassedOn,
+}
+
+/// Tells the daemon what to do, from any thread.
+#[derive(Clone, Debug)]
+pub(crate) struct Remote(Sender<Event>);
+
+impl Remote {
+    /// End, and leave the mounts.
+    pub(crate) fn leave(&self) {
+        self.tell(Event::Leave);
+    }
+
+    /// End, so that a fresh worker goes on.
+    pub(crate) fn pass_on(&self) {
+        self.tell(Event::PassOn);
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody listens any more when the whole daemon ends.
+        let _ = self.0.send(event);
+    }
 }
 
 /// The wish that the daemon ends, by signal.
@@ -72,11 +108,13 @@ impl Stop {
 
     /// What tells the daemon that a mount has ended.
     pub(crate) fn on_end(&self) -> impl Fn(Ended) + Send + Sync + 'static {
-        let to_main = self.sender.clone();
-        move |ended| {
-            // Nobody listens any more when the whole daemon ends.
-            let _ = to_main.send(Event::Ended(ended));
-        }
+        let to_main = self.remote();
+        move |ended| to_main.tell(Event::Ended(ended))
+    }
+
+    /// What tells the daemon what to do.
+    pub(crate) fn remote(&self) -> Remote {
+        Remote(self.sender.clone())
     }
 
     /// Waits until a signal has come, and names it: for work before the mount
@@ -102,7 +140,7 @@ fn name(signal: i32) -> &'static str {
 ///
 /// # Errors
 /// When one cannot be unmounted. Ending by signal or unmount is no error.
-pub(crate) fn serve(mounts: &Mounts, stop: &Stop) -> anyhow::Result<()> {
+pub(crate) fn serve(mounts: &Mounts, stop: &Stop) -> anyhow::Result<End> {
     while !mounts.list().is_empty() {
         match stop.receiver.recv() {
             Ok(Event::Signal(signal)) => take_down(mounts, stop, name(signal))?,
@@ -111,11 +149,42 @@ pub(crate) fn serve(mounts: &Mounts, stop: &Stop) -> anyhow::Result<()> {
                     tracing::info!("{} was unmounted", mount.mountpoint.display());
                 }
             }
+            Ok(Event::Leave) => {
+                tracing::info!("stopped; what is mounted is left to who takes over");
+                return Ok(End::Left);
+            }
+            // Nothing waits to be started.
+            Ok(Event::PassOn) => {}
             Err(_) => break,
         }
     }
     tracing::info!("stopped");
-    Ok(())
+    Ok(End::Unmounted)
+}
+
+/// Waits for what becomes of a daemon that serves nothing yet; blocks.
+///
+/// * `take_down`: asked by a signal; says whether the daemon can end.
+///
+/// # Errors
+/// Those of `take_down`.
+pub(crate) fn wait(
+    stop: &Stop,
+    take_down: impl Fn() -> anyhow::Result<bool>,
+) -> anyhow::Result<End> {
+    loop {
+        match stop.receiver.recv() {
+            Ok(Event::Signal(signal)) => {
+                tracing::info!("{}: stopping", name(signal));
+                if take_down()? {
+                    return Ok(End::Unmounted);
+                }
+            }
+            Ok(Event::Leave) | Err(_) => return Ok(End::Left),
+            Ok(Event::PassOn) => return Ok(End::PassedOn),
+            Ok(Event::Ended(_)) => {}
+        }
+    }
 }
 
 fn take_down(mounts: &Mounts, stop: &Stop, cause: &str) -> anyhow::Result<()> {
@@ -143,7 +212,7 @@ fn wait_for(mounts: &Mounts, stop: &Stop, mount: &Mount) {
                 mounts.forget(ended);
             }
             // We are at it.
-            Ok(Event::Signal(_)) => {}
+            Ok(Event::Signal(_) | Event::Leave | Event::PassOn) => {}
             Err(_) => {
                 tracing::warn!(
                     "{} is unmounted here, but goes on being served for {}",

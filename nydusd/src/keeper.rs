@@ -48,6 +48,22 @@ pub(crate) struct Deposit {
     pub files: Vec<OwnedFd>,
 }
 
+impl Deposit {
+    /// The same note, and copies of the descriptors.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub(crate) fn try_clone(&self) -> anyhow::Result<Self> {
+        let files = self.files.iter().map(OwnedFd::try_clone);
+        Ok(Self {
+            note: self.note.clone(),
+            files: files
+                .collect::<Result<_, _>>()
+                .context("cannot copy a descriptor")?,
+        })
+    }
+}
+
 /// All deposits, by name.
 pub(crate) type Deposits = BTreeMap<String, Deposit>;
 
@@ -143,6 +159,45 @@ impl Holder {
         };
         state.tell(&message, &[]);
         state.deposits.remove(name);
+    }
+
+    /// Ends all deposits whose names `which` picks.
+    pub(crate) fn withdraw_all(&self, which: impl Fn(&str) -> bool) {
+        let names: Vec<String> = self.lock().deposits.keys().cloned().collect();
+        // What keeps the keeper comes first: it must not go on with a part.
+        let (mounts, others): (Vec<_>, Vec<_>) = names
+            .into_iter()
+            .filter(|name| which(name))
+            .partition(|name| name.starts_with(crate::mounts::saved::MOUNT));
+        for name in mounts.iter().chain(&others) {
+            self.withdraw(name);
+        }
+    }
+
+    /// A copy of a deposit, if there is one of that name.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub(crate) fn copy(&self, name: &str) -> anyhow::Result<Option<Deposit>> {
+        let state = self.lock();
+        state.deposits.get(name).map(Deposit::try_clone).transpose()
+    }
+
+    /// Copies of the deposits whose names `which` picks, all of one moment.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub(crate) fn copies(&self, which: impl Fn(&str) -> bool) -> anyhow::Result<Deposits> {
+        let state = self.lock();
+        let picked = state.deposits.iter().filter(|(name, _)| which(name));
+        picked
+            .map(|(name, deposit)| Ok((name.clone(), deposit.try_clone()?)))
+            .collect()
+    }
+
+    /// Tells the keeper that this process ends so that another one goes on.
+    pub(crate) fn relieve(&self) {
+        self.lock().tell(&Message::Relieve, &[]);
     }
 
     /// Waits for the end of the keeper, and starts another one; for ever.

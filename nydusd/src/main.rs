@@ -34,10 +34,11 @@ mod prefetch;
 mod pull;
 mod record;
 mod shared;
+mod upgrade;
 mod vfs;
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -54,7 +55,9 @@ use logging::Logs;
 use manager::Manager;
 use manager::saved::Origin;
 use mounts::Source;
-use mounts::table::{Inherited, Mount, Mounts, Wish};
+use mounts::table::{After, Inherited, Mount, Mounts, Wish};
+use upgrade::Life;
+use upgrade::waiting::{self, Waiting};
 
 fn main() -> ExitCode {
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
@@ -107,12 +110,104 @@ fn work(mut arguments: Vec<OsString>) -> anyhow::Result<()> {
     limits::keep_little_memory();
     let channel = Channel::inherited(process::channel()?);
     let mut deposits = Receiver::everything(&channel)?;
-    let inherited = Inherited::take(&mut deposits)?;
+    // What was only taken over is left alone: its old daemon may live.
+    let ready = upgrade::is_ready(deposits.get(upgrade::mark()));
+    let inherited = match ready {
+        true => Inherited::default(),
+        false => Inherited::take(&mut deposits)?,
+    };
     let (global, task) = Cli::try_parse_from(&arguments)?.task()?;
     arguments.remove(0);
     let logs = logging::start(global.log_level, global.log_file.as_deref())?;
     let keeper = Holder::new(channel, deposits, arguments)?;
+    if ready {
+        return wait(global, task, logs, &keeper, upgrade::Phase::Ready);
+    }
+    if inherited.is_nothing() && has_to_wait(&global, &task)? {
+        return wait(global, task, logs, &keeper, upgrade::Phase::Init);
+    }
     run(&global, task, logs, &keeper, inherited)
+}
+
+/// Whether the mounts that this daemon is for exist: another one has or had them.
+fn has_to_wait(global: &Global, task: &Task) -> anyhow::Result<bool> {
+    let (Some(apisock), Some(_), Some(mountpoint)) =
+        (&global.apisock, &global.supervisor, task.mountpoint())
+    else {
+        return Ok(false);
+    };
+    Ok(global.upgrade || waiting::has_crashed(&waiting::full(mountpoint)?, apisock))
+}
+
+/// Life as a worker of a daemon that takes over what another one has mounted: until it
+/// is told to start. Then a fresh worker [`run`]s.
+fn wait(
+    global: Global,
+    task: Task,
+    logs: Logs,
+    keeper: &Arc<Holder>,
+    phase: upgrade::Phase,
+) -> anyhow::Result<()> {
+    let stop = daemon::Stop::listen()?;
+    keeper.ready();
+    limits::raise_open_files(global.rlimit_nofile);
+    let apisock = global.apisock.clone().context("--apisock is missing")?;
+    let supervisor = global.supervisor.clone();
+    let supervisor = supervisor.context("--supervisor is missing")?;
+    let mountpoint = waiting::full(task.mountpoint().context("--mountpoint is missing")?)?;
+    tracing::info!(
+        "ready to take over {} from the supervisor on {}",
+        mountpoint.display(),
+        supervisor.display()
+    );
+    let (id, slow_read) = (global.id.clone(), global.slow_read());
+    let find = move |origin: &Origin, bootstrap| find(&global, &task, origin, bootstrap);
+    let waits = Waiting::new(Arc::clone(keeper), mountpoint, Box::new(find))?;
+    let life = Life::waiting(
+        Arc::clone(keeper),
+        supervisor.clone(),
+        stop.remote(),
+        waits,
+        phase,
+    );
+    let api = Api {
+        manager: Arc::new(Manager::idle(shared::Shared::new(slow_read))),
+        logs,
+        id,
+        supervisor: Some(supervisor),
+        life,
+    };
+    let left = keeper.copies(api::is_control)?;
+    let server = control(&apisock, left.into_iter().collect(), api, keeper)?;
+    keeper.serving();
+    match daemon::wait(&stop, || waiting::take_down(keeper))? {
+        daemon::End::PassedOn => {
+            server.pass_on();
+            keeper.relieve();
+        }
+        daemon::End::Unmounted | daemon::End::Left => {
+            drop(server);
+            keeper.withdraw_all(|_| true);
+        }
+    }
+    Ok(())
+}
+
+/// Finds the parts of an image of a predecessor, given how it came into the mount.
+fn find(
+    global: &Global,
+    task: &Task,
+    origin: &Origin,
+    bootstrap: PathBuf,
+) -> anyhow::Result<Source> {
+    match (origin, task) {
+        (Origin::Api(body), _) => api::source(body),
+        (Origin::CommandLine, Task::Fuse(options)) => described(global, options)?
+            .map(|(source, _)| source)
+            .context("the command line names no image"),
+        (Origin::CommandLine, Task::Mount(options)) => pull::again(options, bootstrap),
+        (Origin::CommandLine, Task::Control(_)) => bail!("nothing is mounted by this command"),
+    }
 }
 
 /// Prints the whole chain of causes, and chooses the exit code.
@@ -152,14 +247,17 @@ fn run(
     let manager = Arc::new(Manager::new(Arc::clone(keeper), shared));
     let mounts = Mounts::new(Arc::clone(keeper), Arc::clone(&manager), stop.on_end());
     let control_left = inherited.take_control();
-    mounts.recover(inherited, &|origin, bootstrap| match (origin, &task) {
-        (Origin::Api(body), _) => api::source(body),
-        (Origin::CommandLine, Task::Fuse(options)) => described(global, options)?
-            .map(|(source, _)| source)
-            .context("the command line names no image"),
-        (Origin::CommandLine, Task::Mount(options)) => pull::again(options, bootstrap),
-        (Origin::CommandLine, Task::Control(_)) => bail!("nothing is mounted by this command"),
+    let after = match upgrade::is_started(keeper)? {
+        true => After::TakeOver(task.failover_policy()),
+        false => After::Death,
+    };
+    mounts.recover(inherited, after, &|origin, bootstrap| {
+        find(global, &task, origin, bootstrap)
     })?;
+    if after != After::Death {
+        mount_posted(&manager, keeper)?;
+        upgrade::finish(keeper);
+    }
     let fresh = mounts.list().is_empty();
     if fresh {
         let mount = first_mount(global, task, &mounts, &stop).inspect_err(|_| mounts.close())?;
@@ -176,6 +274,7 @@ fn run(
         logs,
         id: global.id.clone(),
         supervisor: global.supervisor.clone(),
+        life: Life::serving(Arc::clone(keeper), global.supervisor.clone(), stop.remote()),
     };
     // Clients take the socket as the sign that all is ready.
     let server = match &global.apisock {
@@ -199,7 +298,28 @@ fn run(
     if mounts.list().is_empty() {
         mounts.close();
     }
-    served
+    if served? == daemon::End::Left {
+        keeper.withdraw_all(|_| true);
+    }
+    Ok(())
+}
+
+/// Mounts what clients asked for while this daemon waited to take over.
+fn mount_posted(manager: &Manager, keeper: &Holder) -> anyhow::Result<()> {
+    for (path, body) in waiting::posted(keeper)? {
+        if manager.vfs().table().image_at(&path).is_some() {
+            tracing::info!("{path} was taken over, and need not be mounted");
+            continue;
+        }
+        let mounted = api::source(body.as_bytes()).and_then(|source| {
+            let origin = Origin::Api(body.into_bytes());
+            Ok(manager.mount(&path, &source, &origin)?)
+        });
+        if let Err(error) = mounted {
+            tracing::error!("{path} was asked for and cannot be mounted: {error:#}");
+        }
+    }
+    Ok(())
 }
 
 /// Starts the control API, or goes on with a predecessor's.

@@ -115,6 +115,16 @@ impl Manager {
         }
     }
 
+    /// Of a daemon that mounts nothing yet: what it is told is left with nobody.
+    ///
+    /// * `shared`: what images will share.
+    pub(crate) fn idle(shared: Shared) -> Self {
+        Self {
+            shared,
+            ..Self::default()
+        }
+    }
+
     /// What all images of the process share.
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
@@ -311,6 +321,8 @@ impl Manager {
     /// left out, unless it is the whole mount.
     ///
     /// * `left`: the deposits of this module;
+    /// * `taken_over`: they came by way of a supervisor, who may not know of the latest
+    ///   changes;
     /// * `source`: finds the parts of an image, given how it came and its bootstrap.
     ///
     /// # Errors
@@ -318,6 +330,7 @@ impl Manager {
     pub(crate) fn recover(
         &self,
         left: Vec<(String, Deposit)>,
+        taken_over: bool,
         source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
     ) -> anyhow::Result<()> {
         let _one = locked(&self.changing);
@@ -350,6 +363,10 @@ impl Manager {
             }
         }
         table.set_counters(saved.counters);
+        if taken_over {
+            table.skip();
+            self.save(&table)?;
+        }
         self.vfs.set_table(table);
         Ok(())
     }
@@ -540,7 +557,10 @@ fn is_below(path: &str, parent: &str) -> bool {
 }
 
 /// The path without empty names and a slash at its end.
-fn normal(path: &str) -> Result<String, ManageError> {
+///
+/// # Errors
+/// When nothing can be mounted on it.
+pub(crate) fn normal(path: &str) -> Result<String, ManageError> {
     let bad = |reason| ManageError::Path {
         path: path.to_owned(),
         reason,

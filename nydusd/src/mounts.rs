@@ -6,6 +6,7 @@
 //! drivers. Opening reads the bootstrap only: no blob is touched before somebody
 //! reads a file.
 
+pub(crate) mod rehearsal;
 pub(crate) mod saved;
 pub(crate) mod table;
 

@@ -147,6 +147,16 @@ impl Table {
         self.last_generation = generation;
     }
 
+    /// Leaves room for images that somebody has mounted since the counters were noted:
+    /// the kernel knows their slots and generations, and they must not mean another image.
+    pub(crate) fn skip(&mut self) {
+        /// More than any client mounts without telling its supervisor.
+        const SLOTS: u8 = 64;
+        const GENERATIONS: u64 = 1 << 16;
+        self.last_slot = self.last_slot.wrapping_add(SLOTS);
+        self.last_generation = self.last_generation.saturating_add(GENERATIONS);
+    }
+
     /// Removes the image on a path.
     pub(crate) fn remove(&mut self, path: &str) -> Option<Arc<Mounted>> {
         let slot = *self.images.iter().find(|(_, image)| image.path == path)?.0;

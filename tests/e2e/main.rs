@@ -16,6 +16,7 @@
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
 //! - [`read_only`]: every way to read and to write
+//! - [`upgrade`]: mounts pass from one daemon to another
 //! - [`unpack`]: images as archives and as disks
 //! - [`help`]: what the programs say about themselves
 
@@ -47,3 +48,4 @@ mod reuse;
 mod scene;
 mod soak;
 mod unpack;
+mod upgrade;

@@ -6,6 +6,7 @@
 //! - [`mount`]: `nydusd` serving a mount point, and the kernel's own EROFS
 //! - [`api`]: a client of the control socket
 //! - [`notify`]: a stand-in for the service manager
+//! - [`supervisor`]: a stand-in for the supervisor of a daemon
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
 //! - [`nginx`], [`object_store`]: a real web server, and a real S3-compatible one
 //! - [`proxy`], [`proxy::chaos`]: an HTTP proxy that misbehaves as told, or by chance
@@ -41,5 +42,6 @@ pub mod process;
 pub mod proxy;
 pub mod registry;
 pub mod relay;
+pub mod supervisor;
 pub mod tokens;
 pub mod tree;

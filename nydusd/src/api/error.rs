@@ -37,6 +37,11 @@ impl ApiError {
         Self::new(500, message)
     }
 
+    /// It is too early.
+    pub(super) fn not_ready(call: &str, words: &str) -> Self {
+        Self::new(503, format!("{call}(NotReady({words:?}))"))
+    }
+
     /// This kind of daemon cannot do that.
     pub(super) fn unsupported(call: &str) -> Self {
         Self::new(501, format!("{call}(DaemonAbnormal(Unsupported))"))

@@ -42,8 +42,7 @@ pub(super) fn daemon(api: &Api, table: &Table, mounts: bool) -> Value {
         },
         "id": api.id,
         "supervisor": api.supervisor,
-        // The socket does not exist before, and goes with the mount.
-        "state": "RUNNING",
+        "state": api.life.phase().name(),
         "backend_collection": mounts.then(|| collection(table)),
     })
 }

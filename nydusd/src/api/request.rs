@@ -12,7 +12,7 @@ pub(super) enum Call {
     Events,
     Superblock { mountpoint: String },
     Start,
-    Exit,
+    Exit { unmount: bool },
     SendFd,
     Takeover,
     Mount { mountpoint: String },
@@ -66,7 +66,9 @@ fn route(method: &str, path: &str, query: &str) -> Option<Result<Call, ApiError>
             return Some(at(|mountpoint| Call::Superblock { mountpoint }));
         }
         ("/api/v1/daemon/start", "PUT") => Call::Start,
-        ("/api/v1/daemon/exit", "PUT") => Call::Exit,
+        ("/api/v1/daemon/exit", "PUT") => Call::Exit {
+            unmount: value(query, "unmount").is_some_and(|text| text == "true"),
+        },
         ("/api/v1/daemon/fuse/sendfd", "PUT") => Call::SendFd,
         ("/api/v1/daemon/fuse/takeover", "PUT") => Call::Takeover,
         ("/api/v1/mount", "POST") => return Some(at(|mountpoint| Call::Mount { mountpoint })),

@@ -15,6 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -62,15 +63,35 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// A running server. Dropping it removes the socket and ends its thread.
 #[derive(Debug)]
 pub(crate) struct Server {
-    _file: SocketFile,
+    /// `None` if the socket is a successor's.
+    file: Option<SocketFile>,
     keeper: Arc<Keeper>,
     // Closing it tells the thread to end.
-    _stop: tokio::sync::oneshot::Sender<()>,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Ends the thread, and leaves the socket and silent connections, which the keeper
+    /// has, to a successor. Who connects from now on waits for that one.
+    pub(crate) fn pass_on(mut self) {
+        // To be found there by the successor.
+        if let Some(file) = self.file.take() {
+            file.leave();
+        }
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic was printed by the thread itself.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.keeper.withdraw(SOCKET);
+        if self.file.is_some() {
+            self.keeper.withdraw(SOCKET);
+        }
     }
 }
 
@@ -154,7 +175,7 @@ impl Server {
             silent: Semaphore::new(MAX_SILENT),
             next: AtomicU64::new(0),
         });
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("api".to_owned())
             .spawn(move || {
                 runtime.block_on(async {
@@ -168,9 +189,10 @@ impl Server {
             })
             .context("cannot start a thread")?;
         Ok(Self {
-            _file: file,
+            file: Some(file),
             keeper,
-            _stop: stop,
+            stop: Some(stop),
+            thread: Some(thread),
         })
     }
 }
@@ -250,7 +272,12 @@ impl Clients {
     /// Waits until something was said. A connection on which that takes long outlives
     /// this process meanwhile.
     async fn wait_for_words(&self, stream: &tokio::net::UnixStream) -> anyhow::Result<()> {
-        let quick = tokio::time::timeout(SILENCE, words(stream)).await;
+        // A daemon that waits to take over is about to be followed by another process.
+        let patience = match self.api.life.waits() {
+            Some(_) => Duration::ZERO,
+            None => SILENCE,
+        };
+        let quick = tokio::time::timeout(patience, words(stream)).await;
         if let Ok(said) = quick {
             return Ok(said?);
         }
@@ -299,11 +326,20 @@ async fn handle(
         Ok(_) => tracing::debug!("control API: {line}"),
         Err(err) => tracing::debug!("control API: {line}: {} {}", err.status, err.message),
     }
-    if answer == Ok(Answer::Exit) {
-        // The answer goes first.
-        tokio::spawn(async {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+    let end: Option<fn(&Api)> = match &answer {
+        Ok(Answer::Exit) => Some(|_| {
             let _ = kill(Pid::this(), Signal::SIGTERM);
+        }),
+        Ok(Answer::Leave) => Some(|api| api.life.leave()),
+        Ok(Answer::PassOn) => Some(|api| api.life.pass_on()),
+        _ => None,
+    };
+    if let Some(end) = end {
+        let api = Arc::clone(api);
+        // The answer goes first.
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            end(&api);
         });
     }
     Ok(response(answer))
@@ -327,7 +363,9 @@ async fn carry_out(api: &Arc<Api>, request: Request<Incoming>) -> Result<Answer,
 
 fn response(answer: Result<Answer, ApiError>) -> Response<Full<Bytes>> {
     let (status, kind, body) = match answer {
-        Ok(Answer::Nothing | Answer::Exit) => (204, None, String::new()),
+        Ok(Answer::Nothing | Answer::Exit | Answer::Leave | Answer::PassOn) => {
+            (204, None, String::new())
+        }
         Ok(Answer::Json(value)) => (200, Some("application/json"), value.to_string()),
         Ok(Answer::Text(text)) => (200, Some("text/plain; version=0.0.4"), text),
         Err(err) => (err.status, Some("application/json"), err.body()),

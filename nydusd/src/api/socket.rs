@@ -35,6 +35,12 @@ impl SocketFile {
         &self.file
     }
 
+    /// Leaves it to a successor.
+    pub(super) fn leave(self) {
+        // Without removing it.
+        std::mem::forget(self);
+    }
+
     /// Gives it the name that clients know.
     fn rename(&mut self, path: &Path) -> std::io::Result<()> {
         fs::rename(&self.path, path)?;

@@ -8,6 +8,7 @@ fn api() -> Api {
         logs: crate::logging::for_tests(),
         id: Some("d1".to_owned()),
         supervisor: None,
+        life: Life::alone(),
     }
 }
 

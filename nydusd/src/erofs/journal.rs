@@ -86,10 +86,7 @@ impl Journal {
     /// When it is none, or has another layout.
     pub(crate) fn adopt(memory: OwnedFd) -> anyhow::Result<(Self, Vec<Slot>)> {
         let journal = Self::map(memory)?;
-        ensure!(
-            journal.long(0).load(Ordering::Acquire) == MAGIC,
-            "the journal has an unknown layout"
-        );
+        journal.check_magic()?;
         let mut used = Vec::new();
         for slot in (0..SLOTS).rev().map(Slot) {
             let taken = journal.word(&slot, TAKEN).load(Ordering::Acquire) != 0;
@@ -101,6 +98,23 @@ impl Journal {
             }
         }
         Ok((journal, used))
+    }
+
+    /// Whether `memory` is a journal of this layout. Changes nothing in it.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub(crate) fn check(memory: &OwnedFd) -> anyhow::Result<()> {
+        let journal = Self::map(memory.try_clone().context("cannot copy a descriptor")?)?;
+        journal.check_magic()
+    }
+
+    fn check_magic(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.long(0).load(Ordering::Acquire) == MAGIC,
+            "the journal has an unknown layout"
+        );
+        Ok(())
     }
 
     fn map(memory: OwnedFd) -> anyhow::Result<Self> {
@@ -305,6 +319,9 @@ mod tests {
     fn memory_of_something_else_is_refused() {
         let file = tempfile::tempfile().unwrap();
         assert!(Journal::adopt(file.try_clone().unwrap().into()).is_err());
+        assert!(Journal::check(&file.try_clone().unwrap().into()).is_err());
+        let journal = Journal::new().unwrap();
+        Journal::check(&journal.as_fd().try_clone_to_owned().unwrap()).unwrap();
         file.set_len(u64::from(SLOTS + 1) * 128).unwrap();
         let error = Journal::adopt(file.into()).unwrap_err().to_string();
         assert!(error.contains("unknown layout"), "{error}");

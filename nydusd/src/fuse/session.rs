@@ -32,6 +32,8 @@ pub(crate) struct Session {
     mountpoint: PathBuf,
     device: File,
     begun: OnceLock<()>,
+    /// Whether requests that are sent again are refused.
+    refuses_resent: bool,
 }
 
 impl Session {
@@ -68,6 +70,7 @@ impl Session {
             mountpoint,
             device,
             begun: OnceLock::new(),
+            refuses_resent: false,
         })
     }
 
@@ -84,12 +87,23 @@ impl Session {
     }
 
     /// The mount of a predecessor.
-    pub(crate) fn adopt(mountpoint: &Path, device: File) -> Self {
+    ///
+    /// * `refuses_resent`: what it had taken and not answered ([`Session::resend`]) is
+    ///   to be refused.
+    pub(crate) fn adopt(mountpoint: &Path, device: File, refuses_resent: bool) -> Self {
         Self {
             mountpoint: mountpoint.to_owned(),
             device,
             begun: OnceLock::new(),
+            refuses_resent,
         }
+    }
+
+    /// Whether the request with this number has to be refused: a predecessor had it.
+    pub(crate) fn refuses(&self, unique: u64) -> bool {
+        /// `FUSE_UNIQUE_RESEND`: the kernel marks what it sends again.
+        const RESENT: u64 = 1 << 63;
+        self.refuses_resent && unique & RESENT != 0
     }
 
     /// Has the kernel send again what a predecessor had taken and not answered.

@@ -177,7 +177,9 @@ where
             let Some(message) = request.get_mut(..len) else {
                 break;
             };
-            if let Some(read) = self.would_wait(message) {
+            if let Some(unique) = number(message).filter(|unique| self.session.refuses(*unique)) {
+                self.refuse(unique, libc::EIO);
+            } else if let Some(read) = self.would_wait(message) {
                 self.waiting.insert(read.unique, read.pid);
                 self.hand_over(message.to_vec());
             } else if let Some(interrupt) = as_interrupt(message) {
@@ -414,6 +416,13 @@ impl ErrorReply {
 }
 
 const _: () = assert!(size_of::<ErrorReply>() == 16, "ErrorReply::LEN");
+
+/// The kernel's number of a request.
+fn number(message: &[u8]) -> Option<u64> {
+    // Behind length and kind.
+    let (number, _) = u64::read_from_prefix(message.get(8..)?).ok()?;
+    Some(number)
+}
 
 /// `message` as a READ request; `None` for every other request.
 fn as_read(message: &[u8]) -> Option<ReadRequest> {

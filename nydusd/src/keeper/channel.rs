@@ -45,6 +45,8 @@ pub(crate) enum Message {
     Ready,
     /// The worker serves everything that it was handed.
     Serving,
+    /// The worker ends, so that a fresh one goes on.
+    Relieve,
 }
 
 /// One end of the line.

@@ -22,6 +22,7 @@ use super::channel::{Channel, Message};
 use super::store::{self, Store, Stored};
 use super::{Receiver, WORKER, send_deposit};
 use crate::mounts::saved::MOUNT;
+use crate::upgrade::OWNER;
 
 /// The descriptor by which a child process finds its end of the channel.
 pub(crate) const CHANNEL: RawFd = 3;
@@ -39,6 +40,8 @@ struct Worker {
     ready: bool,
     /// Whether it has come to serve what it was handed.
     served: bool,
+    /// Whether it has said that it ends for the sake of another one.
+    relieved: bool,
 }
 
 /// The keeper's whole state.
@@ -105,6 +108,7 @@ pub(crate) fn take_over(mut arguments: Vec<OsString>) -> anyhow::Result<u8> {
         channel: Channel::inherited(channel()?),
         ready: false,
         served: true,
+        relieved: false,
     };
     let mut keeper = Keeper::new(arguments)?;
     // All of what follows is stored again by the worker's deposits.
@@ -211,6 +215,7 @@ impl Keeper {
             channel: ours,
             ready: false,
             served: false,
+            relieved: false,
         })
     }
 
@@ -231,7 +236,11 @@ impl Keeper {
                 }
                 return Ok(code.unwrap_or(0));
             }
-            tracing::error!("the worker has died{}; starting another one", worker.how());
+            if worker.relieved {
+                tracing::info!("the worker makes room for another one");
+            } else {
+                tracing::error!("the worker has died{}; starting another one", worker.how());
+            }
             worker = self.start_again(worker.served);
         }
     }
@@ -305,6 +314,8 @@ impl Keeper {
                     if let (Some(store), Some(deposit)) =
                         (&mut self.store, self.held.deposits.get(&name))
                         && !more
+                        // Whoever has this is taken for the daemon itself.
+                        && name != OWNER
                     {
                         store.put(&name, deposit);
                     }
@@ -322,6 +333,7 @@ impl Keeper {
                         store.tell("READY=1");
                     }
                 }
+                Message::Relieve => worker.relieved = true,
                 Message::Complete => {}
             },
             Err(error) => tracing::error!("a message of the worker is lost: {error}"),

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Scopes;
 use crate::keeper::{Deposit, Holder as Keeper, text};
-use crate::vfs::pseudo::SavedDirectory;
+use crate::vfs::pseudo::{Pseudo, SavedDirectory};
 
 /// Name of the deposit with the table.
 pub(crate) const TABLE: &str = "images";
@@ -167,6 +167,54 @@ impl Left {
             bootstrap: bootstrap.into(),
         })
     }
+}
+
+/// An image of a table, to be tried out.
+#[derive(Debug)]
+pub(crate) struct Candidate {
+    /// Path inside the mount.
+    pub path: String,
+    /// How it came into the mount.
+    pub origin: Origin,
+    /// Where its bootstrap was.
+    pub bootstrap: PathBuf,
+    /// Its bootstrap.
+    pub file: File,
+}
+
+/// The images that count among `deposits`, which are of this module.
+///
+/// # Errors
+/// When something cannot be read, or is of another version, or not there.
+pub(crate) fn mounted<'a>(
+    deposits: impl IntoIterator<Item = (&'a str, &'a Deposit)>,
+) -> anyhow::Result<Vec<Candidate>> {
+    let mut table = None;
+    let mut found = Vec::new();
+    for (name, deposit) in deposits {
+        if name == TABLE {
+            let saved = SavedTable::parse(deposit)?;
+            Pseudo::restore(&saved.directories)?;
+            table = Some(saved);
+        } else {
+            found.push(Left::parse(deposit.try_clone()?)?);
+        }
+    }
+    let wanted = table.map(|table| table.images).unwrap_or_default();
+    found.retain(|left| wanted.contains(&left.saved.generation));
+    ensure!(
+        found.len() == wanted.len(),
+        "{} of {} images are there",
+        found.len(),
+        wanted.len()
+    );
+    let candidates = found.into_iter().map(|left| Candidate {
+        path: left.saved.path,
+        origin: left.origin,
+        bootstrap: left.saved.bootstrap,
+        file: left.bootstrap,
+    });
+    Ok(candidates.collect())
 }
 
 fn check(what: &str, version: u32) -> anyhow::Result<()> {

@@ -25,6 +25,7 @@ use super::saved::{self, EVENTS, MOUNT, Phase, Saved};
 use super::{Opened, Source, open};
 use crate::api;
 use crate::busy::{self, Holder};
+use crate::cli::FailoverPolicy;
 use crate::driver::{Choice, Driver, choose};
 use crate::erofs::ErofsMount;
 use crate::erofs::events::{self, Inheritance, Watch};
@@ -37,6 +38,7 @@ use crate::keeper::{Deposit, Deposits, Holder as Keeper, process};
 use crate::manager::Manager;
 use crate::manager::saved::{self as images, Origin};
 use crate::mountinfo;
+use crate::upgrade::UPGRADE;
 
 /// How long a mount that is busy is given: a process that just ended, or is about to
 /// start a program, may hold its last descriptor for an instant.
@@ -391,6 +393,7 @@ impl Mounts {
     /// Goes on serving what a predecessor has mounted.
     ///
     /// * `inherited`: what it has left with the keeper;
+    /// * `after`: how it came here;
     /// * `source`: finds the parts of an image again, given how it came into the mount
     ///   and where its bootstrap was.
     ///
@@ -399,6 +402,7 @@ impl Mounts {
     pub(crate) fn recover(
         &self,
         inherited: Inherited,
+        after: After,
         source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
     ) -> anyhow::Result<()> {
         if let Some((watch, _)) = &inherited.events {
@@ -420,11 +424,12 @@ impl Mounts {
             self.keeper.withdraw(&name);
         }
         if served.iter().any(|(saved, _)| saved.driver == Driver::Fuse) {
-            self.manager.recover(inherited.images, source)?;
+            let taken_over = after != After::Death;
+            self.manager.recover(inherited.images, taken_over, source)?;
         }
         for (saved, deposit) in served {
             let point = saved.mountpoint.display();
-            self.recover_one(&saved, deposit, source)
+            self.recover_one(&saved, deposit, after, source)
                 .with_context(|| format!("cannot go on serving {point}"))?;
             tracing::info!("{point} is served again");
         }
@@ -438,15 +443,24 @@ impl Mounts {
         &self,
         saved: &Saved,
         deposit: Deposit,
+        after: After,
         source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
     ) -> anyhow::Result<()> {
         let mut files = deposit.files.into_iter().map(File::from);
         let mut next = || files.next().context("a descriptor is missing");
         let serving = match saved.driver {
             Driver::Fuse => {
-                let session = Arc::new(Session::adopt(&saved.mountpoint, next()?));
+                let outstanding = match after {
+                    After::Death => FailoverPolicy::Resend,
+                    After::TakeOver(policy) => policy,
+                };
+                let refuse = outstanding == FailoverPolicy::Flush;
+                let session = Session::adopt(&saved.mountpoint, next()?, refuse);
+                let session = Arc::new(session);
                 self.serve_fuse(saved.id, &session, saved.threads)?;
-                if let Err(error) = session.resend() {
+                if outstanding == FailoverPolicy::None {
+                    tracing::info!("requests in flight are left as they are");
+                } else if let Err(error) = session.resend() {
                     tracing::error!("requests in flight wait for ever: {error}");
                 }
                 self.manager.forget_all();
@@ -509,6 +523,15 @@ impl Mounts {
 
 fn lock_watch(watch: &Mutex<Option<Arc<Watch>>>) -> anyhow::Result<Arc<Watch>> {
     lock(watch).clone().context("the event group was not saved")
+}
+
+/// How mounts came to be somebody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum After {
+    /// A worker has died.
+    Death,
+    /// From another daemon, with this wish for its FUSE requests in flight.
+    TakeOver(FailoverPolicy),
 }
 
 /// What a predecessor has left.
@@ -580,13 +603,21 @@ impl Inherited {
             &mut self.mounts
         } else if name == images::TABLE || name.starts_with(images::IMAGE) {
             &mut self.images
-        } else if name == api::SOCKET || name.starts_with(api::SILENT) {
+        } else if api::is_control(name) {
             &mut self.control
+        } else if name.starts_with(UPGRADE) {
+            // Asked for where it is needed.
+            return Ok(());
         } else {
             bail!("a predecessor has left `{name}`, which this program does not know");
         };
         list.push((name.to_owned(), deposit));
         Ok(())
+    }
+
+    /// Whether nothing is mounted.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.mounts.is_empty()
     }
 
     /// What the control API of a predecessor has left.
@@ -601,28 +632,7 @@ impl Mount {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub(crate) fn take_down(&self) -> anyhow::Result<TakenDown> {
-        // The kernel would not object, and leave the overlay without a server.
-        let overlays = busy::overlays(&self.mountpoint);
-        if !overlays.is_empty() {
-            return Ok(TakenDown::InUse(overlays));
-        }
-        let flags = MntFlags::UMOUNT_NOFOLLOW;
-        let mut result = umount2(&self.mountpoint, flags);
-        for _ in 0..BUSY_ATTEMPTS {
-            if result != Err(Errno::EBUSY) {
-                break;
-            }
-            std::thread::sleep(BUSY_WAIT);
-            result = umount2(&self.mountpoint, flags);
-        }
-        match result {
-            // Or somebody was faster.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(TakenDown::Unmounted),
-            Err(Errno::EBUSY) => Ok(TakenDown::InUse(busy::processes(self.device))),
-            Err(errno) => {
-                Err(errno).with_context(|| format!("cannot unmount {}", self.mountpoint.display()))
-            }
-        }
+        take_down(&self.mountpoint, self.device)
     }
 
     /// Who still uses the file system after it was unmounted here.
@@ -631,6 +641,35 @@ impl Mount {
         holders.extend(busy::copies(self.device));
         holders.extend(busy::processes(self.device));
         holders
+    }
+}
+
+/// Unmounts the file system `device` at `mountpoint`, unless somebody uses it.
+///
+/// # Errors
+/// When the kernel refuses for another reason.
+pub(crate) fn take_down(mountpoint: &Path, device: u64) -> anyhow::Result<TakenDown> {
+    // The kernel would not object, and leave the overlay without a server.
+    let overlays = busy::overlays(mountpoint);
+    if !overlays.is_empty() {
+        return Ok(TakenDown::InUse(overlays));
+    }
+    let flags = MntFlags::UMOUNT_NOFOLLOW;
+    let mut result = umount2(mountpoint, flags);
+    for _ in 0..BUSY_ATTEMPTS {
+        if result != Err(Errno::EBUSY) {
+            break;
+        }
+        std::thread::sleep(BUSY_WAIT);
+        result = umount2(mountpoint, flags);
+    }
+    match result {
+        // Or somebody was faster.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(TakenDown::Unmounted),
+        Err(Errno::EBUSY) => Ok(TakenDown::InUse(busy::processes(device))),
+        Err(errno) => {
+            Err(errno).with_context(|| format!("cannot unmount {}", mountpoint.display()))
+        }
     }
 }
 
