@@ -11,6 +11,7 @@ pub mod local;
 pub mod localdisk;
 pub mod object;
 pub mod registry;
+mod remote;
 
 use std::fmt;
 use std::ops::Range;

@@ -15,16 +15,16 @@ use std::path::PathBuf;
 
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, RANGE};
 use reqwest::{Method, Response, StatusCode};
-use tokio::runtime::Runtime;
 use url::Url;
 
 use super::bridge::Output;
 use super::registry::answer::{self, Body, public_name, status_error, timed_out, transport};
 use super::registry::hedge::{Latency, Route};
 use super::registry::retry::{Attempts, Failure, Pause};
-use super::registry::transfer::{Source, stream, transfer};
+use super::registry::transfer::{Source, stream};
 use super::registry::{RetryLimits, Timeouts};
-use super::{Backend, BackendError, Fetch, Sink, bridge};
+use super::remote::Remote;
+use super::{Backend, BackendError, Fetch, Sink};
 use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
@@ -72,15 +72,13 @@ impl HttpProxyConfig {
 
 /// A server of blobs. Must be used from threads that may block.
 pub struct HttpProxyBackend {
-    client: Arc<Client>,
-    /// `None` only while dropping.
-    runtime: Option<Runtime>,
+    remote: Remote<Client>,
 }
 
 impl fmt::Debug for HttpProxyBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("HttpProxyBackend")
-            .field(&self.client.base.as_str())
+            .field(&self.remote.source().base.as_str())
             .finish()
     }
 }
@@ -132,51 +130,22 @@ impl HttpProxyBackend {
             latency: Latency::default(),
             pause: Pause::default(),
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("http-proxy")
-            .enable_all()
-            .build()
-            .map_err(|error| BackendError::Config(format!("starting threads: {error}")))?;
-        Ok(Self {
-            client: Arc::new(client),
-            runtime: Some(runtime),
-        })
-    }
-
-    fn runtime(&self) -> Result<&Runtime, BackendError> {
-        let stopped = || BackendError::Config("the backend is shutting down".to_owned());
-        self.runtime.as_ref().ok_or_else(stopped)
-    }
-}
-
-impl Drop for HttpProxyBackend {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            // Does not wait for transfers that nobody wants any more.
-            runtime.shutdown_background();
-        }
+        let remote = Remote::new(client, "http-proxy", 1)?;
+        Ok(Self { remote })
     }
 }
 
 impl Backend for HttpProxyBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
-        let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
-        let (range, priority) = (request.range.clone(), request.priority);
-        bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer(&*client, &blob, range, priority, out).await;
-        })
-        .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished()))
+        self.remote.fetch(request, sink)
     }
 
     fn place(&self) -> Option<String> {
-        Some(self.client.place.clone())
+        Some(self.remote.source().place.clone())
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let (client, id) = (Arc::clone(&self.client), blob.clone());
-        bridge::answer(self.runtime()?, async move { client.size(&id).await })
-            .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished()))
+        self.remote.size(blob)
     }
 }
 
@@ -193,6 +162,25 @@ impl Source for Client {
         let (url, answer) = self.send(&Method::GET, blob, Some(&range)).await?;
         let body = wanted(&url, &answer, &range)?;
         stream(self.timeouts.read, &url, answer, body, at, out).await
+    }
+
+    async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
+        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
+        loop {
+            let failure = match self.send(&Method::HEAD, blob, None).await {
+                Ok((url, answer)) => {
+                    return header(&answer, CONTENT_LENGTH.as_str()).ok_or_else(|| {
+                        BackendError::WrongRange {
+                            url: public_name(&url),
+                            asked: 0..0,
+                            sent: "an answer that does not tell the length of the blob".to_owned(),
+                        }
+                    });
+                }
+                Err(failure) => failure,
+            };
+            attempts.after(failure, false).await?;
+        }
     }
 
     fn name(&self, _blob: &BlobId) -> String {
@@ -213,25 +201,6 @@ impl Source for Client {
 }
 
 impl Client {
-    async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
-        loop {
-            let failure = match self.send(&Method::HEAD, blob, None).await {
-                Ok((url, answer)) => {
-                    return header(&answer, CONTENT_LENGTH.as_str()).ok_or_else(|| {
-                        BackendError::WrongRange {
-                            url: public_name(&url),
-                            asked: 0..0,
-                            sent: "an answer that does not tell the length of the blob".to_owned(),
-                        }
-                    });
-                }
-                Err(failure) => failure,
-            };
-            attempts.after(failure, false).await?;
-        }
-    }
-
     /// One request, up to the headers of a successful answer.
     async fn send(
         &self,
@@ -258,14 +227,6 @@ impl Client {
         match answer.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok((url, answer)),
             _ => Err(status_error(&url, answer, true).await),
-        }
-    }
-
-    fn vanished(&self) -> BackendError {
-        BackendError::Transport {
-            url: public_name(&self.base),
-            action: "the transfer ended without a result",
-            source: "its task is gone".into(),
         }
     }
 }

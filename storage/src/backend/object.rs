@@ -18,7 +18,6 @@ use std::path::PathBuf;
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderName, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
-use tokio::runtime::Runtime;
 use url::Url;
 
 use super::bridge::Output;
@@ -27,9 +26,10 @@ use super::registry::hedge::{Latency, Route};
 use super::registry::redirects::Redirects;
 use super::registry::retry::{Attempts, Failure, Pause};
 use super::registry::tls::{Tls, http_client};
-use super::registry::transfer::{Source, stream, transfer};
+use super::registry::transfer::{Source, stream};
 use super::registry::{RetryLimits, Scheme, Timeouts};
-use super::{Backend, BackendError, Fetch, Sink, bridge};
+use super::remote::Remote;
+use super::{Backend, BackendError, Fetch, Sink};
 use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
@@ -150,15 +150,13 @@ impl ObjectConfig {
 
 /// A bucket of an object store. Must be used from threads that may block.
 pub struct ObjectBackend {
-    client: Arc<Client>,
-    /// `None` only while dropping.
-    runtime: Option<Runtime>,
+    remote: Remote<Client>,
 }
 
 impl fmt::Debug for ObjectBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("ObjectBackend")
-            .field(&self.client.signer.base().as_str())
+            .field(&self.remote.source().signer.base().as_str())
             .finish()
     }
 }
@@ -213,51 +211,29 @@ impl ObjectBackend {
             latency: Latency::default(),
             pause: Pause::default(),
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(THREADS)
-            .thread_name("object-store")
-            .enable_all()
-            .build()
-            .map_err(|error| BackendError::Config(format!("starting threads: {error}")))?;
-        Ok(Self {
-            client: Arc::new(client),
-            runtime: Some(runtime),
-        })
-    }
-
-    fn runtime(&self) -> Result<&Runtime, BackendError> {
-        let stopped = || BackendError::Config("the backend is shutting down".to_owned());
-        self.runtime.as_ref().ok_or_else(stopped)
-    }
-}
-
-impl Drop for ObjectBackend {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            // Does not wait for transfers that nobody wants any more.
-            runtime.shutdown_background();
-        }
+        let remote = Remote::new(client, "object-store", THREADS)?;
+        Ok(Self { remote })
     }
 }
 
 impl Backend for ObjectBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
-        let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
-        let (range, priority) = (request.range.clone(), request.priority);
-        bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer(&*client, &blob, range, priority, out).await;
-        })
-        .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
+        self.remote.fetch(request, sink)
     }
 
     fn place(&self) -> Option<String> {
-        Some(self.client.signer.base().origin().ascii_serialization())
+        Some(
+            self.remote
+                .source()
+                .signer
+                .base()
+                .origin()
+                .ascii_serialization(),
+        )
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let (client, id) = (Arc::clone(&self.client), blob.clone());
-        bridge::answer(self.runtime()?, async move { client.size(&id).await })
-            .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(blob)))
+        self.remote.size(blob)
     }
 }
 
@@ -274,6 +250,26 @@ impl Source for Client {
         let (url, answer) = self.open(blob, &asked).await?;
         let body = answer::body(&url, &answer, &asked, MAX_SKIP)?;
         stream(self.timeouts.read, &url, answer, body, at, out).await
+    }
+
+    /// Length of a blob, from the answer to a request for its first byte: a
+    /// signature is good for one method.
+    async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
+        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
+        loop {
+            let failure = match self.open(blob, &(0..1)).await {
+                Ok((url, answer)) => match answer::total_size(&answer) {
+                    Some(size) => return Ok(size),
+                    None => Failure::never(BackendError::WrongRange {
+                        url: public_name(&url),
+                        asked: 0..1,
+                        sent: "an answer that does not tell the length of the blob".to_owned(),
+                    }),
+                },
+                Err(failure) => failure,
+            };
+            attempts.after(failure, false).await?;
+        }
     }
 
     fn name(&self, blob: &BlobId) -> String {
@@ -360,34 +356,6 @@ impl Client {
         match tokio::time::timeout(limit, request.send()).await {
             Ok(result) => result.map_err(|error| transport(url, ACTION, error)),
             Err(_elapsed) => Err(timed_out(url, ACTION, limit)),
-        }
-    }
-
-    /// Length of a blob, from the answer to a request for its first byte: a
-    /// signature is good for one method.
-    async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
-        loop {
-            let failure = match self.open(blob, &(0..1)).await {
-                Ok((url, answer)) => match answer::total_size(&answer) {
-                    Some(size) => return Ok(size),
-                    None => Failure::never(BackendError::WrongRange {
-                        url: public_name(&url),
-                        asked: 0..1,
-                        sent: "an answer that does not tell the length of the blob".to_owned(),
-                    }),
-                },
-                Err(failure) => failure,
-            };
-            attempts.after(failure, false).await?;
-        }
-    }
-
-    fn vanished(&self, blob: &BlobId) -> BackendError {
-        BackendError::Transport {
-            url: self.name(blob),
-            action: "the transfer ended without a result",
-            source: "its task is gone".into(),
         }
     }
 }

@@ -36,8 +36,6 @@ pub(super) mod transfer;
 
 use std::fmt;
 
-use tokio::runtime::Runtime;
-
 pub use auth::{CredentialProvider, Credentials};
 pub use config::{ClientCertificate, Mirror, RegistryConfig, Scheme, Timeouts};
 pub use retry::RetryLimits;
@@ -46,7 +44,8 @@ use endpoint::Endpoint;
 use hedge::Latency;
 use retry::Pause;
 
-use super::{Backend, BackendError, Fetch, Sink, bridge};
+use super::remote::Remote;
+use super::{Backend, BackendError, Fetch, Sink};
 use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
 use crate::sync::{Arc, AtomicBool, Ordering};
@@ -60,15 +59,13 @@ const WARM_CONNECTIONS: usize = 3;
 /// A repository of a registry. Must be used from threads that may block, which
 /// tasks of an asynchronous runtime may not.
 pub struct RegistryBackend {
-    client: Arc<Client>,
-    /// `None` only while dropping.
-    runtime: Option<Runtime>,
+    remote: Remote<Client>,
 }
 
 impl fmt::Debug for RegistryBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("RegistryBackend")
-            .field(&self.client.origin.base.as_str())
+            .field(&self.remote.source().origin.base.as_str())
             .finish()
     }
 }
@@ -118,16 +115,8 @@ impl RegistryBackend {
             pause: Pause::default(),
             warm: AtomicBool::default(),
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(THREADS)
-            .thread_name("registry")
-            .enable_all()
-            .build()
-            .map_err(|error| BackendError::Config(format!("starting threads: {error}")))?;
-        Ok(Self {
-            client: Arc::new(client),
-            runtime: Some(runtime),
-        })
+        let remote = Remote::new(client, "registry", THREADS)?;
+        Ok(Self { remote })
     }
 
     /// Uses other credentials from the next request on; may be called at any time.
@@ -136,61 +125,39 @@ impl RegistryBackend {
     /// # Errors
     /// [`BackendError::Config`] for a token that cannot be sent; nothing changes then.
     pub fn set_credentials(&self, credentials: Credentials) -> Result<(), BackendError> {
-        let mirrors = self.client.mirrors.iter();
-        for endpoint in mirrors.chain([&self.client.origin]) {
+        let mirrors = self.remote.source().mirrors.iter();
+        for endpoint in mirrors.chain([&self.remote.source().origin]) {
             if endpoint.shares_credentials {
                 endpoint.auth.replace(credentials.clone())?;
             }
         }
         Ok(())
     }
-
-    fn runtime(&self) -> Result<&Runtime, BackendError> {
-        let stopped = || BackendError::Config("the backend is shutting down".to_owned());
-        self.runtime.as_ref().ok_or_else(stopped)
-    }
-}
-
-impl Drop for RegistryBackend {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
-            // Does not wait for transfers that nobody wants any more.
-            runtime.shutdown_background();
-        }
-    }
 }
 
 impl Backend for RegistryBackend {
     fn fetch(&self, request: &Fetch<'_>, sink: &mut Sink<'_>) -> Result<(), BackendError> {
-        let (client, blob) = (Arc::clone(&self.client), request.blob.clone());
-        let (range, priority) = (request.range.clone(), request.priority);
-        bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer::transfer(&*client, &blob, range, priority, out).await;
-        })
-        .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(request.blob)))
+        self.remote.fetch(request, sink)
     }
 
     fn place(&self) -> Option<String> {
         // Of all repositories: it is the host that has limits.
-        let base = &self.client.origin.base;
+        let base = &self.remote.source().origin.base;
         Some(base.origin().ascii_serialization())
     }
 
     fn warm(&self) {
-        let Ok(runtime) = self.runtime() else { return };
-        if self.client.warm.swap(true, Ordering::Relaxed) {
+        if self.remote.source().warm.swap(true, Ordering::Relaxed) {
             return;
         }
         for _ in 0..WARM_CONNECTIONS {
-            let client = Arc::clone(&self.client);
-            runtime.spawn(async move { client.greet().await });
+            let client = Arc::clone(self.remote.source());
+            self.remote.spawn(async move { client.greet().await });
         }
     }
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let (client, id) = (Arc::clone(&self.client), blob.clone());
-        bridge::answer(self.runtime()?, async move { client.size(&id).await })
-            .unwrap_or_else(|bridge::Vanished| Err(self.client.vanished(blob)))
+        self.remote.size(blob)
     }
 
     fn renew_login(&self, user: &str, password: &str) -> Result<(), BackendError> {
@@ -198,16 +165,6 @@ impl Backend for RegistryBackend {
             username: user.to_owned(),
             password: password.to_owned(),
         })
-    }
-}
-
-impl Client {
-    fn vanished(&self, blob: &BlobId) -> BackendError {
-        BackendError::Transport {
-            url: format!("{}sha256:{blob}", self.origin.base),
-            action: "the transfer ended without a result",
-            source: "its task is gone".into(),
-        }
     }
 }
 

@@ -31,7 +31,7 @@ const SLOW_LINK: u64 = 256 << 10;
 const PROGRESS: u64 = 4096;
 
 /// Something that delivers bytes of blobs in several attempts.
-pub(in crate::backend) trait Source: Sync {
+pub(in crate::backend) trait Source: Send + Sync + 'static {
     /// One attempt. `at` moves past what was delivered, also on error.
     ///
     /// * `route`: which server to ask, if there are several.
@@ -43,6 +43,9 @@ pub(in crate::backend) trait Source: Sync {
         route: &Route,
         out: &Output,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// How long a blob is, in bytes.
+    fn size(&self, blob: &BlobId) -> impl Future<Output = Result<u64, BackendError>> + Send;
 
     /// The blob's URL as it may be shown.
     fn name(&self, blob: &BlobId) -> String;
@@ -140,6 +143,29 @@ impl Source for Client {
         self.attempt_at(&self.origin, blob, at, end, out).await
     }
 
+    /// Length of a blob: by HEAD, or where that is refused by asking for one byte.
+    async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
+        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
+        let deadline = attempts.deadline;
+        let work = async {
+            loop {
+                let failure = match self.size_once(blob).await {
+                    Ok(size) => return Ok(size),
+                    Err(failure) => failure,
+                };
+                attempts.after(failure, false).await?;
+            }
+        };
+        match tokio::time::timeout_at(deadline, work).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(BackendError::Transport {
+                url: format!("{}sha256:{blob}", self.origin.base),
+                action: "asking for the length of a blob",
+                source: format!("no answer in {:?}", self.timeouts.total).into(),
+            }),
+        }
+    }
+
     fn name(&self, blob: &BlobId) -> String {
         format!("{}sha256:{blob}", self.origin.base)
     }
@@ -217,29 +243,6 @@ impl Client {
         }
         add(&self.metrics.bytes_skipped, body.skip);
         stream(self.timeouts.read, &url, answer, body, at, out).await
-    }
-
-    /// Length of a blob: by HEAD, or where that is refused by asking for one byte.
-    pub(super) async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
-        let deadline = attempts.deadline;
-        let work = async {
-            loop {
-                let failure = match self.size_once(blob).await {
-                    Ok(size) => return Ok(size),
-                    Err(failure) => failure,
-                };
-                attempts.after(failure, false).await?;
-            }
-        };
-        match tokio::time::timeout_at(deadline, work).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(BackendError::Transport {
-                url: format!("{}sha256:{blob}", self.origin.base),
-                action: "asking for the length of a blob",
-                source: format!("no answer in {:?}", self.timeouts.total).into(),
-            }),
-        }
     }
 
     async fn size_once(&self, blob: &BlobId) -> Result<u64, Failure> {
