@@ -129,7 +129,6 @@ fn survive(driver: &str) {
             }
             _ => {}
         }
-        println!("{driver}, {victim:?}: all went on");
     }
     node.check_that_daemons_are_needed();
     // And new ones can be started.

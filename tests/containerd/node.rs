@@ -34,7 +34,16 @@ pub(crate) const COLD_LOOP: &str = "i=0; while :; do \
     i=$((i+1)); echo $i; sleep 0.05; done";
 
 /// Programs of the test image.
-const PROGRAMS: [&str; 7] = ["sh", "sleep", "cat", "sha256sum", "ls", "head", "dd"];
+const PROGRAMS: [&str; 8] = [
+    "sh",
+    "sleep",
+    "cat",
+    "sha256sum",
+    "ls",
+    "head",
+    "dd",
+    "mkdir",
+];
 
 /// A node with a registry that has the images `app:original`, `app:nydus` and `pause`.
 pub(crate) struct Node {
@@ -58,13 +67,7 @@ impl Node {
         let registry = Registry::start(auth).unwrap();
         let tree = push_images(directory.path(), &registry);
         let docker = registry.docker_config(registry.host()).unwrap();
-        let mut convert = nydus_image().unwrap();
-        convert.arg("convert").env("DOCKER_CONFIG", &docker);
-        convert.args([
-            registry.reference("app:original"),
-            registry.reference("app:nydus"),
-        ]);
-        succeed(&mut convert).unwrap();
+        convert(&registry, "app:original", "app:nydus", &[]);
         let configuration = driver.map_or(String::new(), |driver| {
             let template = directory.path().join("template.json");
             let settings = serde_json::json!({
@@ -190,6 +193,16 @@ impl Node {
         );
         String::from_utf8(done.stdout).unwrap()
     }
+}
+
+/// Converts an image of the registry.
+pub(crate) fn convert(registry: &Registry, source: &str, target: &str, options: &[&str]) {
+    let mut convert = nydus_image().unwrap();
+    let docker = registry.docker_config(registry.host()).unwrap();
+    convert.arg("convert").env("DOCKER_CONFIG", docker);
+    convert.args(options);
+    convert.args([registry.reference(source), registry.reference(target)]);
+    succeed(&mut convert).unwrap();
 }
 
 /// Makes the images and pushes them; returns the tree of `app`.
@@ -320,7 +333,18 @@ pub(crate) fn cold_reader(
 
 /// Starts a container with this script.
 fn start(node: &Node, cri: &mut Cri, pod: &RunningPod, name: &str, script: &str) -> String {
-    let image = node.registry.reference("app:nydus");
+    start_image(node, cri, pod, name, ("app:nydus", script))
+}
+
+/// Starts a container of this image with this script.
+pub(crate) fn start_image(
+    node: &Node,
+    cri: &mut Cri,
+    pod: &RunningPod,
+    name: &str,
+    (image, script): (&str, &str),
+) -> String {
+    let image = node.registry.reference(image);
     patiently(|| cri.run(pod, name, &image, &["sh", "-c", script]))
 }
 
