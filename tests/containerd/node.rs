@@ -64,10 +64,6 @@ impl Node {
     /// * `driver`: what serves images; the plugin's own choice if none.
     pub(crate) fn configured(auth: Auth, driver: Option<&str>) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let registry = Registry::start(auth).unwrap();
-        let tree = push_images(directory.path(), &registry);
-        let docker = registry.docker_config(registry.host()).unwrap();
-        convert(&registry, "app:original", "app:nydus", &[]);
         let configuration = driver.map_or(String::new(), |driver| {
             let template = directory.path().join("template.json");
             let settings = serde_json::json!({
@@ -78,8 +74,27 @@ impl Node {
             fs::write(&template, settings.to_string()).unwrap();
             format!("[daemon]\nnydusd_config = {template:?}\n")
         });
-        let environment = [("DOCKER_CONFIG", docker)];
-        let plugin = Plugin::start(directory.path(), &configuration, &environment).unwrap();
+        Self::assemble(directory, auth, &configuration, true)
+    }
+
+    /// A node whose plugin has no credentials, but is the image service of kubelet.
+    pub(crate) fn with_image_service(auth: Auth) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let configuration = format!(
+            "[remote.auth]\nenable_cri_keychain = true\nimage_service_address = {:?}\n",
+            directory.path().join("containerd.sock")
+        );
+        Self::assemble(directory, auth, &configuration, false)
+    }
+
+    fn assemble(directory: TempDir, auth: Auth, configuration: &str, login: bool) -> Self {
+        let registry = Registry::start(auth).unwrap();
+        let tree = push_images(directory.path(), &registry);
+        let docker = registry.docker_config(registry.host()).unwrap();
+        convert(&registry, "app:original", "app:nydus", &[]);
+        let environment = login.then_some(("DOCKER_CONFIG", docker));
+        let environment = environment.as_slice();
+        let plugin = Plugin::start(directory.path(), configuration, environment).unwrap();
         let pause = registry.reference("pause:1");
         let containerd =
             Containerd::start(directory.path(), &plugin.address(), "nydus", &pause).unwrap();

@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use support::cri::Cri;
 use support::plugin::Mounted;
 use support::registry::{Auth, PASSWORD, USER};
 use support::tree::nasty;
@@ -107,14 +108,40 @@ fn ordinary_images_and_the_other_snapshotter() {
 #[test]
 fn credentials_are_used_and_never_written() {
     let node = Node::new(Auth::Basic);
-    let mut cri = node.containerd.cri().unwrap();
+    let mut images = node.containerd.cri().unwrap();
+    run_with_credentials(&node, &mut images);
+}
+
+/// The plugin has no credentials of its own, and sees those of pulls.
+#[test]
+fn credentials_of_pulls_are_remembered_and_never_written() {
+    let node = Node::with_image_service(Auth::Basic);
+    let mut images = Cri::connect(&node.plugin.address()).unwrap();
+    let refused = images.pull(&node.registry.reference("app:nydus"), Some((USER, "wrong")));
+    let refused = format!("{:#}", refused.unwrap_err());
+    assert!(refused.contains("401"), "{refused}");
+    run_with_credentials(&node, &mut images);
+    // What containerd says comes back as it is.
+    let missing = images.pull(
+        &node.registry.reference("app:missing"),
+        Some((USER, PASSWORD)),
+    );
+    let missing = format!("{:#}", missing.unwrap_err());
+    assert!(missing.contains("NotFound"), "{missing}");
+    images
+        .remove_image(&node.registry.reference("app:nydus"))
+        .unwrap();
+}
+
+/// * `images`: the image service that kubelet asks.
+fn run_with_credentials(node: &Node, images: &mut Cri) {
     let login = Some((USER, PASSWORD));
-    cri.pull(&node.registry.reference("pause:1"), login)
-        .unwrap();
-    cri.pull(&node.registry.reference("app:nydus"), login)
-        .unwrap();
+    for image in ["pause:1", "app:nydus"] {
+        images.pull(&node.registry.reference(image), login).unwrap();
+    }
+    let mut cri = node.containerd.cri().unwrap();
     let pod = cri.run_pod("private", &node.logs()).unwrap();
-    reader(&node, &mut cri, &pod, "c");
+    reader(node, &mut cri, &pod, "c");
     // Neither as they are nor encoded, in no file of the plugin and on no command line.
     let mut grep = Command::new("grep");
     grep.args([

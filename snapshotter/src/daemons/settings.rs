@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use base64::Engine as _;
 use serde_json::{Map, Value, json};
@@ -17,6 +18,7 @@ use storage::oci::{Credentials, ImageRef, RegistryRef, credentials};
 use crate::config::Config;
 use crate::error::Error;
 use crate::images::Image;
+use crate::keychain::Keychain;
 use crate::lifecycle::make_directory;
 use crate::mounts::Layout;
 
@@ -33,16 +35,21 @@ pub struct Settings {
     log_level: String,
     threads: u32,
     template: Map<String, Value>,
+    keychain: Arc<Keychain>,
     runtime: tokio::runtime::Handle,
 }
 
 impl Settings {
     /// Takes what concerns daemons from the configuration; `runtime` is where
-    /// credentials are looked up.
+    /// credentials are looked up, after the `keychain`.
     ///
     /// # Errors
     /// The template cannot be read or is no template.
-    pub fn new(config: &Config, runtime: tokio::runtime::Handle) -> Result<Self, Error> {
+    pub fn new(
+        config: &Config,
+        keychain: Arc<Keychain>,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<Self, Error> {
         Ok(Self {
             program: config.daemon.nydusd_path.clone(),
             root: config.root.clone(),
@@ -51,6 +58,7 @@ impl Settings {
             log_level: config.log.level.clone(),
             threads: config.daemon.threads_number,
             template: template(&config.daemon.nydusd_config)?,
+            keychain,
             runtime,
         })
     }
@@ -137,7 +145,8 @@ impl Settings {
         let encode = |user: &str, password: &str| {
             base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
         };
-        if let Some(account) = &image.account {
+        let account = image.account.clone();
+        if let Some(account) = account.or_else(|| self.keychain.account(place)) {
             return Ok(Some(encode(&account.username, &account.password)));
         }
         let failed = |reason: String| Error::Mount {
