@@ -398,3 +398,13 @@ pub(crate) fn check_part(node: &Node, cri: &mut Cri, container: &str, at: usize)
     let read = node.exec(cri, container, &["sh", "-c", &sum("/data/unused")]);
     assert_eq!(read, right, "part {at}:\n{}", node.plugin.log());
 }
+
+/// Kills every process of the only daemon, and waits for another one.
+pub(crate) fn kill_the_daemon(node: &Node) {
+    let old = node.wait_for_daemons(1);
+    node.plugin.kill_daemons(&old).unwrap();
+    wait_for("another daemon", || {
+        let daemons = node.plugin.daemons().unwrap();
+        daemons.len() == 1 && daemons != old
+    });
+}

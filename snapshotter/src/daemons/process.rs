@@ -153,6 +153,18 @@ impl Process {
         self.reap();
     }
 
+    /// A variable of its environment, as it was when it began.
+    pub(crate) fn variable(&self, name: &str) -> Option<String> {
+        let environment = fs::read(format!("/proc/{}/environ", self.pid)).ok()?;
+        // Looked at after its number was used: it was nobody else's then.
+        if !self.is_alive() {
+            return None;
+        }
+        let mut lines = environment.split(|&byte| byte == 0);
+        let value = lines.find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b"="));
+        String::from_utf8(value?.to_vec()).ok()
+    }
+
     fn reap(&self) {
         // If it is our child, it has ended: this does not wait.
         let _ = waitid(
@@ -282,6 +294,8 @@ mod tests {
             }
         };
         assert_eq!(again.pid(), process.pid());
+        assert_eq!(again.variable("PATH"), std::env::var("PATH").ok());
+        assert_eq!(again.variable("PAT"), None);
         assert!(find(directory.path()).is_none());
         assert!(again.is_alive());
         // The shell ends by the signal; its `sleep` is in the same group.
