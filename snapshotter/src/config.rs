@@ -44,6 +44,8 @@ pub struct Config {
     pub snapshot: Snapshot,
     /// Section `cache_manager`.
     pub cache_manager: CacheManager,
+    /// Section `remote`.
+    pub remote: Remote,
 }
 
 /// How images are mounted.
@@ -98,6 +100,24 @@ pub struct Snapshot {
     pub enable_overlayfs_volatile: bool,
 }
 
+/// Registries.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Remote {
+    /// Section `remote.auth`.
+    pub auth: Auth,
+}
+
+/// Where accounts come from, beside labels and docker's configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+pub struct Auth {
+    /// Whether this is kubelet's image service, and remembers what it pulls with.
+    pub enable_cri_keychain: bool,
+    /// The socket of the real one, containerd's.
+    pub image_service_address: PathBuf,
+}
+
 /// The cache of fetched data.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -121,6 +141,7 @@ impl Default for Config {
             system: System::default(),
             snapshot: Snapshot::default(),
             cache_manager: CacheManager::default(),
+            remote: Remote::default(),
         }
     }
 }
@@ -133,6 +154,15 @@ impl Default for Daemon {
             fs_driver: "fusedev".to_owned(),
             recover_policy: "restart".to_owned(),
             threads_number: 0,
+        }
+    }
+}
+
+impl Default for Auth {
+    fn default() -> Self {
+        Self {
+            enable_cri_keychain: false,
+            image_service_address: "/run/containerd/containerd.sock".into(),
         }
     }
 }
@@ -206,6 +236,9 @@ impl Config {
         if !self.address.is_absolute() {
             return wrong("address", "an absolute path");
         }
+        if !self.remote.auth.image_service_address.is_absolute() {
+            return wrong("remote.auth.image_service_address", "an absolute path");
+        }
         match self.daemon_mode.as_str() {
             "multiple" | "dedicated" | "" => {}
             "shared" => return Err(missing("daemon_mode", "one daemon for all images")),
@@ -253,7 +286,7 @@ fn missing(key: &str, feature: &str) -> Error {
 }
 
 /// Keys that mean something.
-const KNOWN: [&str; 17] = [
+const KNOWN: [&str; 19] = [
     "version",
     "root",
     "address",
@@ -271,11 +304,13 @@ const KNOWN: [&str; 17] = [
     "snapshot.enable_overlayfs_volatile",
     "cache_manager.disable",
     "cache_manager.cache_dir",
+    "remote.auth.enable_cri_keychain",
+    "remote.auth.image_service_address",
 ];
 
 /// Keys that deployments set and that change nothing here: what they control does
 /// not exist, or happens anyway.
-const WITHOUT_EFFECT: [&str; 22] = [
+const WITHOUT_EFFECT: [&str; 21] = [
     "uid",
     "gid",
     "cleanup_on_close",
@@ -297,18 +332,16 @@ const WITHOUT_EFFECT: [&str; 22] = [
     "metrics.hung_io_interval",
     "metrics.collect_interval",
     "cache_manager.gc_period",
-    "remote.auth.image_service_address",
 ];
 
 /// Keys whose features do not exist: an error if they ask for them.
-const MISSING: [&str; 22] = [
+const MISSING: [&str; 21] = [
     "cgroup.enable",
     "remote.convert_vpc_registry",
     "remote.skip_ssl_verify",
     "remote.mirrors_config.dir",
     "remote.auth.enable_kubeconfig_keychain",
     "remote.auth.kubeconfig_path",
-    "remote.auth.enable_cri_keychain",
     "remote.auth.enable_kubelet_credential_providers",
     "remote.auth.credential_provider_config",
     "remote.auth.credential_provider_bin_dir",
@@ -392,7 +425,7 @@ mod tests {
             threads_number = 4
             log_rotation_size = 100
             [remote.auth]
-            enable_cri_keychain = false
+            enable_cri_keychain = true
             [cache_manager]
             gc_period = "24h"
             [future]

@@ -190,6 +190,7 @@ impl Daemons {
             None => drop(fs::remove_file(self.settings.holder_socket(id))),
         }
         let _ = fs::remove_dir_all(self.settings.config_dir(id));
+        self.settings.forget(id);
         drop(locked);
         let mut images = lock(&self.images);
         // Unless somebody has asked for it meanwhile.
@@ -281,6 +282,7 @@ impl Daemons {
                 );
                 // We may have been away, and have nothing, or not the latest.
                 process.signal_group(holder::AGAIN);
+                self.settings.learn(image.id, &process);
                 return Ok(Arc::new(process));
             }
             process.end(STOP);

@@ -14,6 +14,7 @@
 //! - [`mounts`]: the mounts that a container or an unpacker performs
 //! - [`images`]: which snapshots are lazily mounted images, and for whom
 //! - [`daemons`]: one `nydusd` per image: started, watched, found again
+//! - [`keychain`]: the image service in front of containerd's, and what it remembers
 //! - [`manager`], `notify`: systemd, which holds what this program holds for daemons
 //! - [`reconcile`]: after a start, records, directories and mounts agree again
 //! - [`config`], [`containerd_config`]: `config.toml`, and what containerd needs in its own
@@ -30,6 +31,7 @@ pub mod error;
 pub mod filter;
 mod gc;
 pub mod images;
+pub mod keychain;
 pub mod labels;
 pub mod lifecycle;
 pub mod manager;

@@ -19,6 +19,7 @@ use crate::api::snapshots::snapshots_server::SnapshotsServer;
 use crate::config::Config;
 use crate::daemons::Daemons;
 use crate::daemons::settings::Settings;
+use crate::keychain::{ImageService, Keychain};
 use crate::lifecycle::{Snapshots, make_directory};
 use crate::manager::{Inherited, Manager};
 use crate::reconcile;
@@ -37,7 +38,9 @@ const WIND_DOWN: Duration = Duration::from_secs(2);
 pub async fn run(config: Config, inherited: Inherited) -> anyhow::Result<()> {
     // Before anything exists, so that no signal is lost.
     let stopped = stop_signal()?;
-    let settings = Settings::new(&config, tokio::runtime::Handle::current())?;
+    let keychain = Arc::new(Keychain::default());
+    let runtime = tokio::runtime::Handle::current();
+    let settings = Settings::new(&config, Arc::clone(&keychain), runtime)?;
     let manager = Manager::of_this_service().map(Arc::new);
     let daemons = Daemons::new(settings, manager.clone(), inherited);
     let opened = {
@@ -84,8 +87,14 @@ pub async fn run(config: Config, inherited: Inherited) -> anyhow::Result<()> {
         let _ = stop.send(());
         tokio::time::sleep(WIND_DOWN).await;
     };
+    let auth = &config.remote.auth;
+    let images = auth
+        .enable_cri_keychain
+        .then(|| ImageService::new(&auth.image_service_address, keychain))
+        .transpose()?;
     let serving = Server::builder()
         .add_service(SnapshotsServer::new(Service(snapshots)))
+        .add_optional_service(images)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = stopping.await;
         });

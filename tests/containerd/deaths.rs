@@ -9,17 +9,9 @@ use std::time::Duration;
 use support::notify::ServiceManager;
 use support::registry::Auth;
 
-use crate::node::{DRIVERS, Node, check_part, cold_reader, is_empty, patiently, wait_for};
-
-/// Kills every process of the only daemon, and waits for another one.
-fn kill_the_daemon(node: &Node) {
-    let old = node.wait_for_daemons(1);
-    node.plugin.kill_daemons(&old).unwrap();
-    wait_for("another daemon", || {
-        let daemons = node.plugin.daemons().unwrap();
-        daemons.len() == 1 && daemons != old
-    });
-}
+use crate::node::{
+    DRIVERS, Node, check_part, cold_reader, is_empty, kill_the_daemon, patiently, wait_for,
+};
 
 /// The plugin has what it needs to have the next daemon go on.
 fn wait_until_held(node: &Node) {

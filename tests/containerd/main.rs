@@ -8,6 +8,7 @@
 //! - [`layers`]: changes of layers, seen through the mounts
 //! - [`crash`]: the plugin killed at any moment, and its directory damaged
 //! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
+//! - [`images`]: other ways in which images are made, and many pods of one
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
 
@@ -19,6 +20,7 @@
 mod chaos;
 mod crash;
 mod deaths;
+mod images;
 mod layers;
 mod node;
 mod pods;

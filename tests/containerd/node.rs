@@ -34,7 +34,16 @@ pub(crate) const COLD_LOOP: &str = "i=0; while :; do \
     i=$((i+1)); echo $i; sleep 0.05; done";
 
 /// Programs of the test image.
-const PROGRAMS: [&str; 7] = ["sh", "sleep", "cat", "sha256sum", "ls", "head", "dd"];
+const PROGRAMS: [&str; 8] = [
+    "sh",
+    "sleep",
+    "cat",
+    "sha256sum",
+    "ls",
+    "head",
+    "dd",
+    "mkdir",
+];
 
 /// A node with a registry that has the images `app:original`, `app:nydus` and `pause`.
 pub(crate) struct Node {
@@ -55,16 +64,6 @@ impl Node {
     /// * `driver`: what serves images; the plugin's own choice if none.
     pub(crate) fn configured(auth: Auth, driver: Option<&str>) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let registry = Registry::start(auth).unwrap();
-        let tree = push_images(directory.path(), &registry);
-        let docker = registry.docker_config(registry.host()).unwrap();
-        let mut convert = nydus_image().unwrap();
-        convert.arg("convert").env("DOCKER_CONFIG", &docker);
-        convert.args([
-            registry.reference("app:original"),
-            registry.reference("app:nydus"),
-        ]);
-        succeed(&mut convert).unwrap();
         let configuration = driver.map_or(String::new(), |driver| {
             let template = directory.path().join("template.json");
             let settings = serde_json::json!({
@@ -75,8 +74,27 @@ impl Node {
             fs::write(&template, settings.to_string()).unwrap();
             format!("[daemon]\nnydusd_config = {template:?}\n")
         });
-        let environment = [("DOCKER_CONFIG", docker)];
-        let plugin = Plugin::start(directory.path(), &configuration, &environment).unwrap();
+        Self::assemble(directory, auth, &configuration, true)
+    }
+
+    /// A node whose plugin has no credentials, but is the image service of kubelet.
+    pub(crate) fn with_image_service(auth: Auth) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let configuration = format!(
+            "[remote.auth]\nenable_cri_keychain = true\nimage_service_address = {:?}\n",
+            directory.path().join("containerd.sock")
+        );
+        Self::assemble(directory, auth, &configuration, false)
+    }
+
+    fn assemble(directory: TempDir, auth: Auth, configuration: &str, login: bool) -> Self {
+        let registry = Registry::start(auth).unwrap();
+        let tree = push_images(directory.path(), &registry);
+        let docker = registry.docker_config(registry.host()).unwrap();
+        convert(&registry, "app:original", "app:nydus", &[]);
+        let environment = login.then_some(("DOCKER_CONFIG", docker));
+        let environment = environment.as_slice();
+        let plugin = Plugin::start(directory.path(), configuration, environment).unwrap();
         let pause = registry.reference("pause:1");
         let containerd =
             Containerd::start(directory.path(), &plugin.address(), "nydus", &pause).unwrap();
@@ -190,6 +208,16 @@ impl Node {
         );
         String::from_utf8(done.stdout).unwrap()
     }
+}
+
+/// Converts an image of the registry.
+pub(crate) fn convert(registry: &Registry, source: &str, target: &str, options: &[&str]) {
+    let mut convert = nydus_image().unwrap();
+    let docker = registry.docker_config(registry.host()).unwrap();
+    convert.arg("convert").env("DOCKER_CONFIG", docker);
+    convert.args(options);
+    convert.args([registry.reference(source), registry.reference(target)]);
+    succeed(&mut convert).unwrap();
 }
 
 /// Makes the images and pushes them; returns the tree of `app`.
@@ -320,7 +348,18 @@ pub(crate) fn cold_reader(
 
 /// Starts a container with this script.
 fn start(node: &Node, cri: &mut Cri, pod: &RunningPod, name: &str, script: &str) -> String {
-    let image = node.registry.reference("app:nydus");
+    start_image(node, cri, pod, name, ("app:nydus", script))
+}
+
+/// Starts a container of this image with this script.
+pub(crate) fn start_image(
+    node: &Node,
+    cri: &mut Cri,
+    pod: &RunningPod,
+    name: &str,
+    (image, script): (&str, &str),
+) -> String {
+    let image = node.registry.reference(image);
     patiently(|| cri.run(pod, name, &image, &["sh", "-c", script]))
 }
 
@@ -358,4 +397,14 @@ pub(crate) fn check_part(node: &Node, cri: &mut Cri, container: &str, at: usize)
         .stdout;
     let read = node.exec(cri, container, &["sh", "-c", &sum("/data/unused")]);
     assert_eq!(read, right, "part {at}:\n{}", node.plugin.log());
+}
+
+/// Kills every process of the only daemon, and waits for another one.
+pub(crate) fn kill_the_daemon(node: &Node) {
+    let old = node.wait_for_daemons(1);
+    node.plugin.kill_daemons(&old).unwrap();
+    wait_for("another daemon", || {
+        let daemons = node.plugin.daemons().unwrap();
+        daemons.len() == 1 && daemons != old
+    });
 }

@@ -5,11 +5,12 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use support::cri::Cri;
 use support::plugin::Mounted;
 use support::registry::{Auth, PASSWORD, USER};
 use support::tree::nasty;
 
-use crate::node::{Node, is_empty, reader, sums, wait_for};
+use crate::node::{Node, check_part, is_empty, kill_the_daemon, reader, sums, wait_for};
 
 #[test]
 fn a_pod_starts_without_its_data() {
@@ -107,14 +108,53 @@ fn ordinary_images_and_the_other_snapshotter() {
 #[test]
 fn credentials_are_used_and_never_written() {
     let node = Node::new(Auth::Basic);
+    let mut images = node.containerd.cri().unwrap();
+    run_with_credentials(&node, &mut images);
+    images.remove_all_pods().unwrap();
+}
+
+/// The plugin has no credentials of its own, and sees those of pulls.
+#[test]
+fn credentials_of_pulls_are_remembered_and_never_written() {
+    let mut node = Node::with_image_service(Auth::Basic);
+    let mut images = Cri::connect(&node.plugin.address()).unwrap();
+    let refused = images.pull(&node.registry.reference("app:nydus"), Some((USER, "wrong")));
+    let refused = format!("{:#}", refused.unwrap_err());
+    assert!(refused.contains("401"), "{refused}");
+    let container = run_with_credentials(&node, &mut images);
     let mut cri = node.containerd.cri().unwrap();
+    // Nobody knows them any more but the daemon, which dies, too.
+    drop(images);
+    node.plugin.kill().unwrap();
+    node.plugin.start_again().unwrap();
+    let mut images = Cri::connect(&node.plugin.address()).unwrap();
+    wait_for("descriptors", || node.plugin.log().contains("holding "));
+    kill_the_daemon(&node);
+    check_part(&node, &mut cri, &container, 0);
+    cri.remove_all_pods().unwrap();
+    // What containerd says comes back as it is.
+    let missing = images.pull(
+        &node.registry.reference("app:missing"),
+        Some((USER, PASSWORD)),
+    );
+    let missing = format!("{:#}", missing.unwrap_err());
+    assert!(missing.contains("NotFound"), "{missing}");
+    images
+        .remove_image(&node.registry.reference("app:nydus"))
+        .unwrap();
+}
+
+/// Runs a container, and returns its id.
+///
+/// * `images`: the image service that kubelet asks.
+fn run_with_credentials(node: &Node, images: &mut Cri) -> String {
     let login = Some((USER, PASSWORD));
-    cri.pull(&node.registry.reference("pause:1"), login)
-        .unwrap();
-    cri.pull(&node.registry.reference("app:nydus"), login)
-        .unwrap();
+    for image in ["pause:1", "app:nydus"] {
+        images.pull(&node.registry.reference(image), login).unwrap();
+    }
+    let mut cri = node.containerd.cri().unwrap();
     let pod = cri.run_pod("private", &node.logs()).unwrap();
-    reader(&node, &mut cri, &pod, "c");
+    let container = reader(node, &mut cri, &pod, "c");
     // Neither as they are nor encoded, in no file of the plugin and on no command line.
     let mut grep = Command::new("grep");
     grep.args([
@@ -132,7 +172,7 @@ fn credentials_are_used_and_never_written() {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
         assert!(!String::from_utf8_lossy(&line).contains(PASSWORD));
     }
-    cri.remove_pod(&pod).unwrap();
+    container
 }
 
 /// Plugin and containerd die and come back; containers read on, and what is found

@@ -251,6 +251,26 @@ impl Registry {
         Ok(digest)
     }
 
+    /// Stores a manifest under the name and tag `name`.
+    ///
+    /// # Errors
+    /// The registry refuses.
+    pub fn push_manifest(&self, name: &str, manifest: &Value) -> Result<()> {
+        let (repository, tag) = name.split_once(':').context("no tag")?;
+        let kind = manifest["mediaType"].as_str();
+        let kind = kind.unwrap_or("application/vnd.oci.image.manifest.v1+json");
+        let mut put = Command::new("curl");
+        put.args(["-sS", "--fail-with-body", "-X", "PUT"]);
+        put.args(["-u", &format!("{USER}:{PASSWORD}")]);
+        put.args(["-H", &format!("Content-Type: {kind}")]);
+        put.args(["--data-binary", &manifest.to_string()]);
+        succeed(put.arg(format!(
+            "http://{}/v2/{repository}/manifests/{tag}",
+            self.host
+        )))?;
+        Ok(())
+    }
+
     /// The file in which the registry keeps the blob `digest` (`sha256:…`).
     ///
     /// # Errors

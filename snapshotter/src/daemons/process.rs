@@ -12,6 +12,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -21,6 +22,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
+/// Pause between two looks at what is changing.
+const LOOK: Duration = Duration::from_millis(1);
 /// First descriptor that is handed to a process.
 const FIRST: RawFd = 3;
 
@@ -153,6 +156,18 @@ impl Process {
         self.reap();
     }
 
+    /// A variable of its environment, as it was when it began.
+    pub(crate) fn variable(&self, name: &str) -> Option<String> {
+        let environment = fs::read(format!("/proc/{}/environ", self.pid)).ok()?;
+        // Looked at after its number was used: it was nobody else's then.
+        if !self.is_alive() {
+            return None;
+        }
+        let mut lines = environment.split(|&byte| byte == 0);
+        let value = lines.find_map(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b"="));
+        String::from_utf8(value?.to_vec()).ok()
+    }
+
     fn reap(&self) {
         // If it is our child, it has ended: this does not wait.
         let _ = waitid(
@@ -186,6 +201,22 @@ fn text(word: &OsStr) -> io::Result<CString> {
 /// The process whose command line says that it serves `mountpoint`. Of a daemon of
 /// several processes, the one that the others descend from.
 pub(crate) fn find(mountpoint: &Path) -> Option<Process> {
+    loop {
+        let family = family(mountpoint).unwrap_or_default();
+        if family.is_empty() {
+            return None;
+        }
+        if let Some(process) = eldest(&family, mountpoint) {
+            return Some(process);
+        }
+        // It has just died, and those that it has started may live. A dead one shows no
+        // command line, so this ends.
+        thread::sleep(LOOK);
+    }
+}
+
+/// The processes that say so, each with its parent.
+fn family(mountpoint: &Path) -> Option<Vec<(i32, Option<i32>)>> {
     let mut found = Vec::new();
     let here = fs::read_link("/proc/self/ns/mnt").ok()?;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
@@ -200,9 +231,14 @@ pub(crate) fn find(mountpoint: &Path) -> Option<Process> {
             found.push((pid, parent_of(&entry.path())));
         }
     }
-    let (pid, _) = found
+    Some(found)
+}
+
+/// The one whose parent is not among them, if it still lives.
+fn eldest(family: &[(i32, Option<i32>)], mountpoint: &Path) -> Option<Process> {
+    let (pid, _) = family
         .iter()
-        .find(|(_, parent)| !found.iter().any(|(pid, _)| Some(*pid) == *parent))?;
+        .find(|(_, parent)| !family.iter().any(|(pid, _)| Some(*pid) == *parent))?;
     let process = Process {
         pid: *pid,
         descriptor: open(*pid).ok()?,
@@ -282,6 +318,8 @@ mod tests {
             }
         };
         assert_eq!(again.pid(), process.pid());
+        assert_eq!(again.variable("PATH"), std::env::var("PATH").ok());
+        assert_eq!(again.variable("PAT"), None);
         assert!(find(directory.path()).is_none());
         assert!(again.is_alive());
         // The shell ends by the signal; its `sleep` is in the same group.

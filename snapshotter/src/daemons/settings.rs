@@ -4,19 +4,23 @@
 //! with the place of the image. Credentials go into the environment, which only
 //! root can read; a template that contains some is used without them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use base64::Engine as _;
 use serde_json::{Map, Value, json};
 use storage::oci::{Credentials, ImageRef, RegistryRef, credentials};
 
+use super::process::Process;
 use crate::config::Config;
 use crate::error::Error;
 use crate::images::Image;
+use crate::keychain::Keychain;
 use crate::lifecycle::make_directory;
 use crate::mounts::Layout;
 
@@ -24,7 +28,6 @@ use crate::mounts::Layout;
 const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
 
 /// What all daemons have in common.
-#[derive(Debug)]
 pub struct Settings {
     program: PathBuf,
     root: PathBuf,
@@ -33,16 +36,33 @@ pub struct Settings {
     log_level: String,
     threads: u32,
     template: Map<String, Value>,
+    keychain: Arc<Keychain>,
+    /// What daemons had that were found again, by image.
+    found: Mutex<BTreeMap<u64, String>>,
     runtime: tokio::runtime::Handle,
+}
+
+impl std::fmt::Debug for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without credentials.
+        f.debug_struct("Settings")
+            .field("program", &self.program)
+            .field("root", &self.root)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Settings {
     /// Takes what concerns daemons from the configuration; `runtime` is where
-    /// credentials are looked up.
+    /// credentials are looked up, after the `keychain`.
     ///
     /// # Errors
     /// The template cannot be read or is no template.
-    pub fn new(config: &Config, runtime: tokio::runtime::Handle) -> Result<Self, Error> {
+    pub fn new(
+        config: &Config,
+        keychain: Arc<Keychain>,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<Self, Error> {
         Ok(Self {
             program: config.daemon.nydusd_path.clone(),
             root: config.root.clone(),
@@ -51,8 +71,27 @@ impl Settings {
             log_level: config.log.level.clone(),
             threads: config.daemon.threads_number,
             template: template(&config.daemon.nydusd_config)?,
+            keychain,
+            found: Mutex::default(),
             runtime,
         })
+    }
+
+    /// Keeps the credentials of a daemon that an earlier life of this program has
+    /// started: the next one of this image may find no others.
+    pub(crate) fn learn(&self, id: u64, daemon: &Process) {
+        if let Some(word) = daemon.variable(AUTH_VARIABLE) {
+            self.found().insert(id, word);
+        }
+    }
+
+    /// Nobody uses this image any more.
+    pub(crate) fn forget(&self, id: u64) {
+        self.found().remove(&id);
+    }
+
+    fn found(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn program(&self) -> &Path {
@@ -137,7 +176,8 @@ impl Settings {
         let encode = |user: &str, password: &str| {
             base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
         };
-        if let Some(account) = &image.account {
+        let account = image.account.clone();
+        if let Some(account) = account.or_else(|| self.keychain.account(place)) {
             return Ok(Some(encode(&account.username, &account.password)));
         }
         let failed = |reason: String| Error::Mount {
@@ -145,7 +185,7 @@ impl Settings {
             reason,
         };
         match self.runtime.block_on(credentials::lookup(&place.host)) {
-            Ok(Credentials::Anonymous) => Ok(None),
+            Ok(Credentials::Anonymous) => Ok(self.found().get(&image.id).cloned()),
             Ok(Credentials::Basic { username, password }) => Ok(Some(encode(&username, &password))),
             Ok(_) => Err(failed(format!(
                 "the credentials for {} are a token, which is not supported yet; use a user name \
