@@ -354,8 +354,10 @@ fn first_mount(
             let described = described(global, &options)?;
             let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
             let Some((source, configured)) = described else {
+                let config = global.config.as_deref().map(mounts::load_config);
+                let configured = config.transpose()?.and_then(|config| config.driver);
                 // Whether the kernel can serve an image is known when there is one.
-                if options.driver == Some(Choice::Erofs) {
+                if options.driver.or(configured) == Some(Choice::Erofs) {
                     return mounts.open_directory(&mountpoint);
                 }
                 return mounts.mount_empty(&mountpoint, threads);

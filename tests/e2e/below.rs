@@ -180,11 +180,21 @@ fn they_pass_on_to_another_daemon() {
     let (source, build) = large(&scene);
     let one = one_file(&scene, "one");
     let cache = scene.dir("cache");
-    let mut line = Line::new(&scene, &["--driver", "erofs"]);
+    // The driver can be said in a file, too.
+    let config = json!({
+        "version": 2,
+        "backend": { "type": "localfs", "localfs": { "dir": build.blob_dir } },
+        "cache": { "type": "filecache", "filecache": { "work_dir": cache } },
+        "rafs": { "mode": "direct", "driver": "erofs" },
+    });
+    let file = scene.path("config.json");
+    fs::write(&file, config.to_string()).unwrap();
+    let mut line = Line::new(&scene, &["--config", file.to_str().unwrap()]);
     line.start(false);
     let point = line.point.clone();
     line.daemon(0).mount("/1", &build, &cache);
     line.daemon(0).mount("/one", &one, &cache);
+    assert_eq!(kind_at(&point.join("1")), "erofs");
     let places = [point.join("1")];
     while_reading(&source, &places, |came_on| {
         for _ in 0..2 {
