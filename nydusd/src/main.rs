@@ -7,7 +7,8 @@
 //! [`mounts`] opens them and has them served by one of the drivers, [`daemon`] stays
 //! until the end; the [`api`] changes what is mounted meanwhile ([`manager`]). The path
 //! of a read starts in [`vfs`], or in [`erofs`] where the kernel serves the image
-//! ([`driver`]). Only this file ends the process: 0 done, 1 failed, 2 wrong usage.
+//! ([`driver`]). A daemon that takes over what another one has mounted waits first
+//! ([`upgrade`]). Only this file ends the process: 0 done, 1 failed, 2 wrong usage.
 
 mod api;
 mod busy;
