@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs every fuzz target for SECONDS (default 30) and fails on the first finding.
+# Runs every fuzz target for SECONDS (default 20) and fails on the first finding.
 #
 #   misc/fuzz.sh [SECONDS] [TARGET...]
 #
@@ -16,9 +16,9 @@
 # FUZZ_RSS_MB (default 2048) bounds the process.
 set -eu
 
-seconds=${1:-30}
+seconds=${1:-20}
 [ $# -eq 0 ] || shift
-targets=${*:-bootstrap blob_meta toc tar_source}
+targets=${*:-bootstrap blob_meta toc tar_source api_request event}
 sanitizer=${FUZZ_SANITIZER:-none}
 rss=${FUZZ_RSS_MB:-2048}
 fixtures=${NYDUS_FIXTURES:-none}

@@ -49,7 +49,7 @@ stage build cargo build --locked --workspace --all-targets
 export NYDUS_BIN_DIR=$PWD/target/debug
 stage test cargo test --locked --workspace
 stage oracle oracle
-stage fuzz misc/fuzz.sh 30
+stage fuzz misc/fuzz.sh 20
 
 echo "== all passed in $SECONDS s"
 if [ "$NYDUS_FIXTURES" = none ]; then

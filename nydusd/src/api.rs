@@ -25,6 +25,7 @@ use crate::logging::Logs;
 use crate::manager::saved::Origin;
 use crate::manager::{ManageError, Manager};
 use crate::mounts::Source;
+use crate::mounts::table::Mounts;
 use crate::upgrade::{Exit, Life, Refusal};
 use error::ApiError;
 use request::Call;
@@ -35,6 +36,8 @@ pub(crate) use server::{Control, SILENT, SOCKET, Server};
 pub(crate) struct Api {
     /// The images.
     pub manager: Arc<Manager>,
+    /// The mounts; none while the daemon waits to take over.
+    pub mounts: Option<Arc<Mounts>>,
     /// The log.
     pub logs: Logs,
     /// Name of the daemon, if it was given one.
@@ -124,9 +127,10 @@ impl Api {
             Call::Mount { mountpoint } => self.mount(mountpoint, body, false),
             Call::Remount { mountpoint } => self.mount(mountpoint, body, true),
             Call::Umount { mountpoint } => {
-                let done = match self.life.waits() {
-                    Some(waiting) => waiting.unpost(mountpoint),
-                    None => self.manager.unmount(mountpoint),
+                let done = match (self.life.waits(), self.below()) {
+                    (Some(waiting), _) => waiting.unpost(mountpoint),
+                    (None, Some(mounts)) => mounts.unmount_below(mountpoint),
+                    (None, None) => self.manager.unmount(mountpoint),
                 };
                 done.map_err(refused)?;
                 Ok(Answer::Nothing)
@@ -165,6 +169,12 @@ impl Api {
         }
     }
 
+    /// The mounts, if the kernel serves images below the daemon's directory.
+    fn below(&self) -> Option<&Mounts> {
+        let mounts = self.mounts.as_deref();
+        mounts.filter(|mounts| mounts.directory().is_some())
+    }
+
     fn mount(&self, mountpoint: &str, text: &[u8], replace: bool) -> Result<Answer, ApiError> {
         let body: MountBody = parse(text)?;
         let failed = |err: anyhow::Error| {
@@ -183,6 +193,8 @@ impl Api {
         let origin = Origin::Api(text.to_vec());
         let done = if let Some(waiting) = self.life.waits() {
             waiting.post(mountpoint, &source, text, replace)
+        } else if let Some(mounts) = self.below().filter(|_| !replace) {
+            mounts.mount_below(mountpoint, &source, text)
         } else if replace {
             self.manager.remount(mountpoint, &source, &origin)
         } else {

@@ -188,7 +188,14 @@ pub(crate) fn wait(
 }
 
 fn take_down(mounts: &Mounts, stop: &Stop, cause: &str) -> anyhow::Result<()> {
-    for mount in mounts.list() {
+    // The daemon's own directory is older than what is below it.
+    for mount in mounts.list().into_iter().rev() {
+        if mount.is_directory() {
+            if mounts.list().len() == 1 {
+                mounts.forget(Ended(mount.id));
+            }
+            continue;
+        }
         let place = mount.mountpoint.display();
         tracing::info!("{cause}: unmounting {place}");
         match mount.take_down()? {

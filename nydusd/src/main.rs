@@ -7,7 +7,8 @@
 //! [`mounts`] opens them and has them served by one of the drivers, [`daemon`] stays
 //! until the end; the [`api`] changes what is mounted meanwhile ([`manager`]). The path
 //! of a read starts in [`vfs`], or in [`erofs`] where the kernel serves the image
-//! ([`driver`]). Only this file ends the process: 0 done, 1 failed, 2 wrong usage.
+//! ([`driver`]). A daemon that takes over what another one has mounted waits first
+//! ([`upgrade`]). Only this file ends the process: 0 done, 1 failed, 2 wrong usage.
 
 mod api;
 mod busy;
@@ -43,7 +44,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use clap::Parser as _;
 
 use api::{Api, Server};
@@ -172,6 +173,7 @@ fn wait(
     );
     let api = Api {
         manager: Arc::new(Manager::idle(shared::Shared::new(slow_read))),
+        mounts: None,
         logs,
         id,
         supervisor: Some(supervisor),
@@ -246,6 +248,7 @@ fn run(
     let shared = shared::Shared::new(global.slow_read());
     let manager = Arc::new(Manager::new(Arc::clone(keeper), shared));
     let mounts = Mounts::new(Arc::clone(keeper), Arc::clone(&manager), stop.on_end());
+    let mounts = Arc::new(mounts);
     let control_left = inherited.take_control();
     let after = match upgrade::is_started(keeper)? {
         true => After::TakeOver(task.failover_policy()),
@@ -255,7 +258,7 @@ fn run(
         find(global, &task, origin, bootstrap)
     })?;
     if after != After::Death {
-        mount_posted(&manager, keeper)?;
+        mount_posted(&manager, &mounts, keeper)?;
         upgrade::finish(keeper);
     }
     let fresh = mounts.list().is_empty();
@@ -271,6 +274,7 @@ fn run(
     }
     let api = Api {
         manager,
+        mounts: Some(Arc::clone(&mounts)),
         logs,
         id: global.id.clone(),
         supervisor: global.supervisor.clone(),
@@ -305,15 +309,18 @@ fn run(
 }
 
 /// Mounts what clients asked for while this daemon waited to take over.
-fn mount_posted(manager: &Manager, keeper: &Holder) -> anyhow::Result<()> {
+fn mount_posted(manager: &Manager, mounts: &Mounts, keeper: &Holder) -> anyhow::Result<()> {
     for (path, body) in waiting::posted(keeper)? {
         if manager.vfs().table().image_at(&path).is_some() {
             tracing::info!("{path} was taken over, and need not be mounted");
             continue;
         }
         let mounted = api::source(body.as_bytes()).and_then(|source| {
-            let origin = Origin::Api(body.into_bytes());
-            Ok(manager.mount(&path, &source, &origin)?)
+            let body = body.into_bytes();
+            if mounts.directory().is_some() {
+                return Ok(mounts.mount_below(&path, &source, &body)?);
+            }
+            Ok(manager.mount(&path, &source, &Origin::Api(body))?)
         });
         if let Err(error) = mounted {
             tracing::error!("{path} was asked for and cannot be mounted: {error:#}");
@@ -349,10 +356,12 @@ fn first_mount(
             let described = described(global, &options)?;
             let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
             let Some((source, configured)) = described else {
-                ensure!(
-                    options.driver != Some(Choice::Erofs),
-                    "--driver erofs serves one image: give it with --bootstrap"
-                );
+                let config = global.config.as_deref().map(mounts::load_config);
+                let configured = config.transpose()?.and_then(|config| config.driver);
+                // Whether the kernel can serve an image is known when there is one.
+                if options.driver.or(configured) == Some(Choice::Erofs) {
+                    return mounts.open_directory(&mountpoint);
+                }
                 return mounts.mount_empty(&mountpoint, threads);
             };
             let wish = Wish {

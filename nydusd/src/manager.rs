@@ -151,8 +151,18 @@ impl Manager {
         source: &Source,
         origin: &Origin,
     ) -> Result<(), ManageError> {
-        let path = normal(path)?;
         let _one = locked(&self.changing);
+        let path = self.free_path(path)?;
+        let opened = mounts::open(source, &self.shared).map_err(ManageError::Other)?;
+        self.put(&path, source, opened, origin)
+    }
+
+    /// The one spelling of a path on which an image can be mounted.
+    ///
+    /// # Errors
+    /// It is taken or hidden, or no path.
+    pub(crate) fn free_path(&self, path: &str) -> Result<String, ManageError> {
+        let path = normal(path)?;
         let table = self.vfs.table();
         if table.image_at(&path).is_some() {
             return Err(ManageError::Exists);
@@ -165,8 +175,7 @@ impl Manager {
                 });
             }
         }
-        let opened = mounts::open(source, &self.shared).map_err(ManageError::Other)?;
-        self.put(&path, source, opened, origin)
+        Ok(path)
     }
 
     /// Mounts the image that the command line names on `/`.
@@ -178,22 +187,47 @@ impl Manager {
         self.put("/", source, opened, &Origin::CommandLine)
     }
 
-    /// Takes in an image that the kernel serves.
+    /// Takes in an image that the kernel serves; returns its generation.
+    ///
+    /// * `path`: where it is below the daemon's mount point.
     ///
     /// # Errors
     /// There are too many images.
-    pub(crate) fn note(&self, source: &Source, opened: Opened) -> Result<(), ManageError> {
+    pub(crate) fn note(
+        &self,
+        path: &str,
+        source: &Source,
+        opened: Opened,
+    ) -> Result<u64, ManageError> {
         let _one = locked(&self.changing);
         let mut table = self.vfs.table().as_ref().clone();
-        let (slot, generation) = free_slot(&table, "/")?;
-        let mut mounted = mounted("/", source, opened, slot, generation)?;
+        let (slot, generation) = free_slot(&table, path)?;
+        let mut mounted = mounted(path, source, opened, slot, generation)?;
         mounted.about.by_kernel = true;
         self.apply_scope(&mounted);
         table
             .put(slot, mounted)
             .map_err(|full| ManageError::Other(full.into()))?;
         self.vfs.set_table(table);
-        Ok(())
+        Ok(generation)
+    }
+
+    /// The generation of the image on a path.
+    pub(crate) fn generation_at(&self, path: &str) -> Option<u64> {
+        let table = self.vfs.table();
+        table.image_at(path).map(|image| image.generation)
+    }
+
+    /// Forgets an image that the kernel does not serve any more.
+    pub(crate) fn drop_note(&self, generation: u64) {
+        let _one = locked(&self.changing);
+        let mut table = self.vfs.table().as_ref().clone();
+        let is_it = |image: &&Arc<Mounted>| image.generation == generation;
+        let path = table.images().find(is_it).map(|image| image.path.clone());
+        if let Some(path) = path {
+            table.remove(&path);
+            self.vfs.set_table(table);
+        }
     }
 
     /// Replaces the image on a path. Files that are open stay those of the old image

@@ -7,6 +7,7 @@
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
 //! - [`erofs`]: images that the kernel serves, filled as they are read
+//! - [`below`]: many images of one daemon that the kernel serves
 //! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
@@ -30,6 +31,7 @@ mod backends;
 mod bad_build;
 mod bad_mount;
 mod bad_registry;
+mod below;
 mod convert;
 mod create;
 mod erofs;

@@ -29,28 +29,40 @@ use crate::scene::{Build, DRIVERS, Scene, assert_same_tree};
 /// Readers at a time.
 const READERS: usize = 8;
 
-/// Unmounts when the test is over, however it ends.
+/// Unmounts what is at and below a directory when the test is over, however it ends.
 struct Detach(PathBuf);
 
 impl Drop for Detach {
     fn drop(&mut self) {
-        // Not there any more when all went well.
-        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        for point in mounted_below(&self.0) {
+            // Nothing can be reported from a destructor.
+            let _ = umount2(&point, MntFlags::MNT_DETACH);
+        }
     }
 }
 
+/// Mount points at and below a directory.
+pub(crate) fn mounted_below(directory: &Path) -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let points = points.map(PathBuf::from);
+    points
+        .filter(|point| point.starts_with(directory))
+        .collect()
+}
+
 /// One daemon.
-struct Daemon {
-    process: Process,
-    socket: PathBuf,
+pub(crate) struct Daemon {
+    pub process: Process,
+    pub socket: PathBuf,
 }
 
 /// Daemons that follow each other on one mount point.
-struct Line {
+pub(crate) struct Line {
     // Before the daemons end: they might wait for each other.
     _detach: Detach,
-    daemons: Vec<Daemon>,
-    point: PathBuf,
+    pub daemons: Vec<Daemon>,
+    pub point: PathBuf,
     supervisor: Supervisor,
     options: Vec<String>,
     directory: PathBuf,
@@ -58,7 +70,7 @@ struct Line {
 
 impl Line {
     /// * `options`: of every daemon.
-    fn new(scene: &Scene, options: &[&str]) -> Self {
+    pub(crate) fn new(scene: &Scene, options: &[&str]) -> Self {
         let point = scene.new_point();
         Self {
             _detach: Detach(point.clone()),
@@ -78,14 +90,14 @@ impl Line {
     }
 
     /// Starts a daemon with one more control socket than there are.
-    fn start(&mut self, upgrade: bool) {
+    pub(crate) fn start(&mut self, upgrade: bool) {
         let socket = self
             .directory
             .join(format!("api{}.sock", self.daemons.len()));
         self.start_on(socket, upgrade, &[]);
     }
 
-    fn start_on(&mut self, socket: PathBuf, upgrade: bool, more: &[&str]) {
+    pub(crate) fn start_on(&mut self, socket: PathBuf, upgrade: bool, more: &[&str]) {
         let number = self.daemons.len();
         let mut command: Command = nydusd().unwrap();
         command.arg("fuse");
@@ -107,11 +119,11 @@ impl Line {
         self.daemons.push(Daemon { process, socket });
     }
 
-    fn daemon(&self, number: usize) -> &Daemon {
+    pub(crate) fn daemon(&self, number: usize) -> &Daemon {
         &self.daemons[number]
     }
 
-    fn last(&self) -> usize {
+    pub(crate) fn last(&self) -> usize {
         self.daemons.len() - 1
     }
 
@@ -122,7 +134,7 @@ impl Line {
     }
 
     #[track_caller]
-    fn must_send(&mut self, number: usize) {
+    pub(crate) fn must_send(&mut self, number: usize) {
         let answer = self.send(number);
         assert_eq!(answer.status, 204, "{}", answer.body);
     }
@@ -134,7 +146,7 @@ impl Line {
     }
 
     #[track_caller]
-    fn must_take_over(&self, number: usize) {
+    pub(crate) fn must_take_over(&self, number: usize) {
         let answer = self.take_over(number);
         let log = self.daemon(number).process.log();
         assert_eq!(answer.status, 204, "{}\n{log}", answer.body);
@@ -148,11 +160,15 @@ impl Line {
         daemon.expect(204, "PUT", "/api/v1/daemon/exit", "");
         let status = daemon.process.wait().unwrap();
         assert!(status.success(), "{}", daemon.process.log());
-        assert!(is_mounted(&self.point), "{}", daemon.process.log());
+        assert!(
+            !mounted_below(&self.point).is_empty(),
+            "{}",
+            daemon.process.log()
+        );
     }
 
     #[track_caller]
-    fn run(&self, number: usize) {
+    pub(crate) fn run(&self, number: usize) {
         let daemon = self.daemon(number);
         daemon.expect(204, "PUT", "/api/v1/daemon/start", "");
         daemon.wait_for("RUNNING");
@@ -160,7 +176,7 @@ impl Line {
 
     /// The whole way from the last daemon to a new one.
     #[track_caller]
-    fn upgrade(&mut self) {
+    pub(crate) fn upgrade(&mut self) {
         let old = self.last();
         self.start(true);
         assert_eq!(self.daemon(old + 1).state(), "INIT");
@@ -171,7 +187,7 @@ impl Line {
 
     /// Ends the last daemon as a service manager would.
     #[track_caller]
-    fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         let last = self.last();
         let process = &mut self.daemons[last].process;
         let began = Instant::now();
@@ -187,13 +203,13 @@ impl Line {
             thread::sleep(Duration::from_millis(500));
         }
         assert!(process.wait().unwrap().success(), "{}", process.log());
-        assert!(!is_mounted(&self.point));
+        assert_eq!(mounted_below(&self.point), [] as [PathBuf; 0]);
     }
 }
 
 impl Daemon {
     #[track_caller]
-    fn expect(&self, status: u16, method: &str, target: &str, body: &str) -> Value {
+    pub(crate) fn expect(&self, status: u16, method: &str, target: &str, body: &str) -> Value {
         let answer = ask(&self.socket, method, target, body).unwrap();
         let log = self.process.log();
         assert_eq!(
@@ -204,13 +220,13 @@ impl Daemon {
         answer.json()
     }
 
-    fn state(&self) -> String {
+    pub(crate) fn state(&self) -> String {
         let info = self.expect(200, "GET", "/api/v1/daemon", "");
         info["state"].as_str().unwrap().to_owned()
     }
 
     #[track_caller]
-    fn wait_for(&self, state: &str) {
+    pub(crate) fn wait_for(&self, state: &str) {
         let began = Instant::now();
         loop {
             // Between two workers a call may be cut off.
@@ -229,7 +245,7 @@ impl Daemon {
 
     /// Kills the process that does the work, and waits for the next one.
     #[track_caller]
-    fn kill_worker(&self) {
+    pub(crate) fn kill_worker(&self) {
         const WORKER: &str = "worker is process ";
         let log = self.process.log();
         let (_, after) = log.rsplit_once(WORKER).unwrap();
@@ -245,7 +261,7 @@ impl Daemon {
 
     /// Kills all of it.
     #[track_caller]
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.process.kill_group().unwrap();
         let began = Instant::now();
         while UnixStream::connect(&self.socket).is_ok() {
@@ -255,16 +271,16 @@ impl Daemon {
     }
 
     #[track_caller]
-    fn mount(&self, path: &str, build: &Build, cache: &Path) {
+    pub(crate) fn mount(&self, path: &str, build: &Build, cache: &Path) {
         self.expect(204, "POST", &target(path), &body(build, cache, path));
     }
 }
 
-fn target(path: &str) -> String {
+pub(crate) fn target(path: &str) -> String {
     format!("/api/v1/mount?mountpoint={}", path.replace('/', "%2F"))
 }
 
-fn body(build: &Build, cache: &Path, id: &str) -> String {
+pub(crate) fn body(build: &Build, cache: &Path, id: &str) -> String {
     let config = json!({
         "device": {
             "id": id,
@@ -298,7 +314,7 @@ fn read_on(source: &Path, mount: &Path, over: &AtomicBool, rounds: &AtomicUsize)
 
 /// Has [`READERS`] read in `places` while `act` acts; it is called with what waits
 /// until all of them came on.
-fn while_reading(source: &Path, places: &[PathBuf], act: impl FnOnce(&dyn Fn())) {
+pub(crate) fn while_reading(source: &Path, places: &[PathBuf], act: impl FnOnce(&dyn Fn())) {
     let over = AtomicBool::new(false);
     let rounds: Vec<AtomicUsize> = (0..READERS).map(|_| AtomicUsize::new(0)).collect();
     /// Readers must not go on for ever when a test fails.
@@ -345,7 +361,7 @@ fn while_reading(source: &Path, places: &[PathBuf], act: impl FnOnce(&dyn Fn()))
     });
 }
 
-fn names(directory: &Path) -> Vec<String> {
+pub(crate) fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).unwrap();
     let mut names: Vec<_> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -354,7 +370,7 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-fn one_file(scene: &Scene, name: &str) -> Build {
+pub(crate) fn one_file(scene: &Scene, name: &str) -> Build {
     let root = scene.dir(&format!("{name}.root"));
     fs::write(root.join(name), name).unwrap();
     scene.create(name, &[], &root)

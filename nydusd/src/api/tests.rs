@@ -5,6 +5,7 @@ use super::*;
 fn api() -> Api {
     Api {
         manager: Arc::default(),
+        mounts: None,
         logs: crate::logging::for_tests(),
         id: Some("d1".to_owned()),
         supervisor: None,

@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use nix::sys::stat::makedev;
 
 use super::saved::{EVENTS, MOUNT, Phase, Saved};
+use super::table::below::place_of;
 use super::{Source, open};
 use crate::driver::Driver;
 use crate::erofs::journal::{FileId, Journal};
@@ -70,11 +71,15 @@ fn mount(deposit: &Deposit, all: &Deposits, stage: &Stage<'_>) -> anyhow::Result
     let saved = Saved::parse(&deposit.note)?;
     let point = saved.mountpoint.display();
     ensure!(saved.phase == Phase::Served, "{point} is only half mounted");
+    let path = saved.path.as_deref().unwrap_or("/");
     ensure!(
-        saved.mountpoint == stage.mountpoint,
+        saved.mountpoint == place_of(stage.mountpoint, path),
         "the state is of a mount on {point}, and --mountpoint is {}",
         stage.mountpoint.display()
     );
+    if saved.directory {
+        return Ok(());
+    }
     let there = mountinfo::at(&saved.mountpoint);
     let there = there.map(|entry| makedev(entry.device.0.into(), entry.device.1.into()));
     ensure!(
@@ -98,11 +103,12 @@ fn mount(deposit: &Deposit, all: &Deposits, stage: &Stage<'_>) -> anyhow::Result
 }
 
 fn erofs(saved: &Saved, deposit: &Deposit, stage: &Stage<'_>) -> anyhow::Result<()> {
-    let [bootstrap, _lock, _end, files @ ..] = deposit.files.as_slice() else {
+    let mut files = deposit.try_clone()?.files;
+    let origin = saved.origin(&mut files)?;
+    let [bootstrap, _lock, _end, files @ ..] = files.as_slice() else {
         bail!("{} descriptors for an EROFS mount", deposit.files.len());
     };
     let bootstrap = File::from(bootstrap.try_clone()?);
-    let origin = Origin::CommandLine;
     let opened = reopen(&origin, saved.bootstrap.clone(), &bootstrap, stage)?;
     ensure!(
         opened.blobs.len() == files.len(),

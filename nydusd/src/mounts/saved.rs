@@ -9,6 +9,7 @@
 //!
 //! The deposit [`EVENTS`] has no note; with it are the fanotify group and the journal.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
@@ -16,6 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Source;
 use crate::driver::Driver;
+use crate::keeper::text;
+use crate::manager::saved::Origin;
 
 /// Name of the deposit with the fanotify group of all mounts.
 pub(crate) const EVENTS: &str = "events";
@@ -57,6 +60,14 @@ pub(crate) struct Saved {
     pub place: Option<PathBuf>,
     /// Threads that answer FUSE requests.
     pub threads: u16,
+    /// Whether it is a directory for images that the control API mounts below it;
+    /// nothing is mounted on it then, and no descriptor goes with the note.
+    #[serde(default)]
+    pub directory: bool,
+    /// Path of an image that was mounted so. The body of the request goes with the
+    /// note, as the last descriptor.
+    #[serde(default)]
+    pub path: Option<String>,
 }
 
 impl Saved {
@@ -73,7 +84,23 @@ impl Saved {
             device: 0,
             place: None,
             threads: 4,
+            directory: false,
+            path: None,
         }
+    }
+
+    /// How the image came into the mount.
+    ///
+    /// * `files`: the descriptors that go with the note; those of an image remain.
+    ///
+    /// # Errors
+    /// When a descriptor is missing or not what it should be.
+    pub(crate) fn origin(&self, files: &mut Vec<OwnedFd>) -> anyhow::Result<Origin> {
+        if self.path.is_none() {
+            return Ok(Origin::CommandLine);
+        }
+        let body = files.pop().context("a descriptor is missing")?;
+        Ok(Origin::Api(text::load(&body)?))
     }
 
     /// As text.
@@ -127,6 +154,8 @@ mod tests {
             device: 40,
             place: None,
             threads: 4,
+            directory: false,
+            path: Some("/12".into()),
         };
         let note = saved.note().unwrap();
         assert_eq!(Saved::parse(&note).unwrap(), saved);

@@ -9,9 +9,11 @@
 //! Before anything is mounted, what a successor would need is left with the keeper
 //! ([`saved`]); [`Mounts::recover`] is that successor's side.
 
+pub(crate) mod below;
+
 use std::fmt;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -39,6 +41,7 @@ use crate::manager::Manager;
 use crate::manager::saved::{self as images, Origin};
 use crate::mountinfo;
 use crate::upgrade::UPGRADE;
+use below::Posted;
 
 /// How long a mount that is busy is given: a process that just ended, or is about to
 /// start a program, may hold its last descriptor for an instant.
@@ -75,6 +78,8 @@ pub(crate) struct Mount {
     pub mountpoint: PathBuf,
     /// Device number of the file system, as `stat` shows it.
     device: u64,
+    /// Of its image, if that is one of several.
+    generation: Option<u64>,
     serving: Serving,
 }
 
@@ -91,6 +96,8 @@ struct Plan<'a> {
 enum Serving {
     Fuse,
     Erofs(Arc<ErofsMount>),
+    /// Images are mounted below it.
+    Directory,
 }
 
 /// What came of a request to take a mount down.
@@ -105,6 +112,8 @@ pub(crate) enum TakenDown {
 /// All mounts of a daemon.
 pub(crate) struct Mounts {
     mounts: Mutex<Vec<Arc<Mount>>>,
+    /// Held while an image comes or goes below the daemon's directory.
+    changing: Mutex<()>,
     /// Of all mounts that the kernel serves; made for the first.
     watch: Mutex<Option<Arc<Watch>>>,
     keeper: Arc<Keeper>,
@@ -132,6 +141,7 @@ impl Mounts {
     ) -> Self {
         Self {
             mounts: Mutex::default(),
+            changing: Mutex::default(),
             watch: Mutex::default(),
             keeper,
             manager,
@@ -168,7 +178,7 @@ impl Mounts {
         let mut driver = choose(choice, opened.cache.path());
         let mut served = None;
         if driver == Driver::Erofs {
-            match self.erofs(&plan, source, &opened) {
+            match self.erofs(&plan, source, &opened, None) {
                 Err(error) if wish.driver == Choice::Auto => {
                     tracing::warn!("driver fuse after all: {error:#}");
                     driver = Driver::Fuse;
@@ -179,7 +189,7 @@ impl Mounts {
         let served = match served {
             None => self.fuse(&plan, Some(opened)),
             Some(served) => served.and_then(|served| {
-                self.manager.note(source, opened)?;
+                self.manager.note("/", source, opened)?;
                 Ok(served)
             }),
         };
@@ -206,7 +216,8 @@ impl Mounts {
     }
 
     fn next(&self) -> u64 {
-        lock(&self.mounts).last().map_or(1, |last| last.id + 1)
+        let mounts = lock(&self.mounts);
+        mounts.iter().map(|mount| mount.id).max().unwrap_or(0) + 1
     }
 
     fn finish(
@@ -219,16 +230,24 @@ impl Mounts {
             self.manager.close();
             self.keeper.withdraw(&saved::name(plan.id));
         })?;
-        Ok(self.enter(plan, driver, device, serving))
+        Ok(self.enter(plan, driver, device, serving, None))
     }
 
-    fn enter(&self, plan: &Plan<'_>, driver: Driver, device: u64, serving: Serving) -> Arc<Mount> {
+    fn enter(
+        &self,
+        plan: &Plan<'_>,
+        driver: Driver,
+        device: u64,
+        serving: Serving,
+        generation: Option<u64>,
+    ) -> Arc<Mount> {
         let mount = Arc::new(Mount {
             id: plan.id,
             driver,
             image: saved::image_name(plan.source),
             mountpoint: plan.mountpoint.to_owned(),
             device,
+            generation,
             serving,
         });
         lock(&self.mounts).push(Arc::clone(&mount));
@@ -248,7 +267,10 @@ impl Mounts {
         drop(mounts);
         match &mount.serving {
             Serving::Erofs(mount) => mount.release(),
-            Serving::Fuse => self.manager.close(),
+            Serving::Fuse | Serving::Directory => self.manager.close(),
+        }
+        if let Some(generation) = mount.generation {
+            self.manager.drop_note(generation);
         }
         self.keeper.withdraw(&saved::name(mount.id));
         Some(mount)
@@ -257,7 +279,9 @@ impl Mounts {
     /// Takes everything down again: the daemon cannot begin its work.
     pub(crate) fn abandon(&self) {
         for mount in self.list() {
-            detach(&mount.mountpoint);
+            if !mount.is_directory() {
+                detach(&mount.mountpoint);
+            }
             self.forget(Ended(mount.id));
         }
         self.close();
@@ -311,6 +335,7 @@ impl Mounts {
         plan: &Plan<'_>,
         source: &Source,
         opened: &Opened,
+        posted: Option<&Posted<'_>>,
     ) -> anyhow::Result<(u64, Serving)> {
         let watch = self.watch()?;
         let place = Place::new(opened.cache.path(), &source.bootstrap, plan.mountpoint)?;
@@ -323,11 +348,13 @@ impl Mounts {
         let mut saved = Saved::new(plan.id, Driver::Erofs, plan.source, plan.mountpoint);
         saved.bootstrap = place.bootstrap().to_owned();
         saved.place = Some(place.dir().to_owned());
-        self.save_erofs(&saved, &place, blobs, None)?;
+        saved.path = posted.map(|posted| posted.path.to_owned());
+        let body = posted.map(Posted::body);
+        self.save_erofs(&saved, &place, blobs, None, body)?;
         let mount = ErofsMount::mount(place, blobs.clone(), &watch, plan.mountpoint)?;
         saved.phase = Phase::Served;
         saved.device = mount.device();
-        self.save_erofs(&saved, mount.place(), blobs, Some(mount.end()))
+        self.save_erofs(&saved, mount.place(), blobs, Some(mount.end()), body)
             .inspect_err(|_| detach(plan.mountpoint))?;
         self.serve_erofs(plan.id, mount)
     }
@@ -340,6 +367,7 @@ impl Mounts {
         place: &Place,
         blobs: &[Arc<Blob>],
         end: Option<&EndWatch>,
+        body: Option<BorrowedFd<'_>>,
     ) -> anyhow::Result<()> {
         let bootstrap = File::open(place.bootstrap())?;
         let mut files = vec![bootstrap.as_fd(), place.lock().as_fd()];
@@ -351,6 +379,7 @@ impl Mounts {
                     .as_fd(),
             );
         }
+        files.extend(body);
         self.keeper
             .deposit(&saved::name(saved.id), saved.note()?, &files)
     }
@@ -418,19 +447,32 @@ impl Mounts {
             let point = saved.mountpoint.display();
             tracing::warn!("{point}: its worker died while it mounted; taking it down");
             detach_if(&saved);
-            for (image, _) in &inherited.images {
-                self.keeper.withdraw(image);
+            if saved.driver == Driver::Fuse {
+                for (image, _) in &inherited.images {
+                    self.keeper.withdraw(image);
+                }
             }
             self.keeper.withdraw(&name);
         }
-        if served.iter().any(|(saved, _)| saved.driver == Driver::Fuse) {
+        served.sort_by_key(|(saved, _)| saved.id);
+        let has_table = |saved: &Saved| saved.driver == Driver::Fuse || saved.directory;
+        if served.iter().any(|(saved, _)| has_table(saved)) {
             let taken_over = after != After::Death;
             self.manager.recover(inherited.images, taken_over, source)?;
         }
         for (saved, deposit) in served {
             let point = saved.mountpoint.display();
-            self.recover_one(&saved, deposit, after, source)
-                .with_context(|| format!("cannot go on serving {point}"))?;
+            if saved.directory {
+                self.recover_directory(&saved);
+                continue;
+            }
+            match self.recover_one(&saved, deposit, after, source) {
+                Err(error) if saved.path.is_some() => {
+                    self.give_up(&saved, &error);
+                    continue;
+                }
+                done => done.with_context(|| format!("cannot go on serving {point}"))?,
+            }
             tracing::info!("{point} is served again");
         }
         if let Some((watch, events)) = inherited.events {
@@ -446,7 +488,10 @@ impl Mounts {
         after: After,
         source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
     ) -> anyhow::Result<()> {
-        let mut files = deposit.files.into_iter().map(File::from);
+        let mut files = deposit.files;
+        let origin = saved.origin(&mut files)?;
+        let mut generation = None;
+        let mut files = files.into_iter().map(File::from);
         let mut next = || files.next().context("a descriptor is missing");
         let serving = match saved.driver {
             Driver::Fuse => {
@@ -466,7 +511,11 @@ impl Mounts {
                 self.manager.forget_all();
                 Serving::Fuse
             }
-            Driver::Erofs => self.recover_erofs(saved, &mut next, source)?,
+            Driver::Erofs => {
+                let (serving, of_image) = self.recover_erofs(saved, &origin, &mut next, source)?;
+                generation = saved.path.is_some().then_some(of_image);
+                serving
+            }
         };
         let mount = Mount {
             id: saved.id,
@@ -474,6 +523,7 @@ impl Mounts {
             image: saved.image.clone(),
             mountpoint: saved.mountpoint.clone(),
             device: saved.device,
+            generation,
             serving,
         };
         lock(&self.mounts).push(Arc::new(mount));
@@ -483,11 +533,12 @@ impl Mounts {
     fn recover_erofs(
         &self,
         saved: &Saved,
+        origin: &Origin,
         next: &mut dyn FnMut() -> anyhow::Result<File>,
         source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
-    ) -> anyhow::Result<Serving> {
+    ) -> anyhow::Result<(Serving, u64)> {
         let bootstrap = next()?;
-        let mut source = source(&Origin::CommandLine, saved.bootstrap.clone())?;
+        let mut source = source(origin, saved.bootstrap.clone())?;
         // The very file, whatever is in its place by now.
         source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
         source.name.clone_from(&saved.image);
@@ -516,8 +567,9 @@ impl Mounts {
             end,
         );
         let (_, serving) = self.serve_erofs(saved.id, mount)?;
-        self.manager.note(&source, opened)?;
-        Ok(serving)
+        let path = saved.path.as_deref().unwrap_or("/");
+        let generation = self.manager.note(path, &source, opened)?;
+        Ok((serving, generation))
     }
 }
 
@@ -627,6 +679,11 @@ impl Inherited {
 }
 
 impl Mount {
+    /// Whether it is a place for images, and nothing is mounted on it.
+    pub(crate) fn is_directory(&self) -> bool {
+        matches!(self.serving, Serving::Directory)
+    }
+
     /// Unmounts, unless somebody uses the mount: then it stays, and goes on being served.
     ///
     /// # Errors

@@ -172,13 +172,16 @@ pub(crate) fn full(mountpoint: &Path) -> anyhow::Result<PathBuf> {
 pub(crate) fn has_crashed(mountpoint: &Path, apisock: &Path) -> bool {
     let is_socket = |meta: fs::Metadata| meta.file_type().is_socket();
     let residual = || fs::symlink_metadata(apisock).is_ok_and(is_socket);
-    let is_ours = |entry: mountinfo::Entry| matches!(&*entry.kind, "fuse" | "erofs");
+    let is_ours = |entry: &mountinfo::Entry| {
+        matches!(&*entry.kind, "fuse" | "erofs") && entry.mountpoint.starts_with(mountpoint)
+    };
+    let mounted = || mountinfo::of("self").is_ok_and(|table| table.iter().any(is_ours));
     let refused = || {
         let refusal = UnixStream::connect(apisock).err();
         refusal.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused)
     };
     let began = Instant::now();
-    while residual() && mountinfo::at(mountpoint).is_some_and(is_ours) {
+    while residual() && mounted() {
         if refused() {
             return true;
         }
@@ -201,6 +204,9 @@ pub(crate) fn take_down(keeper: &Keeper) -> anyhow::Result<bool> {
     }
     for deposit in keeper.copies(|name| name.starts_with(MOUNT))?.values() {
         let saved = Saved::parse(&deposit.note)?;
+        if saved.directory {
+            continue;
+        }
         let place = saved.mountpoint.display();
         if let TakenDown::InUse(holders) = take_down_at(&saved.mountpoint, saved.device)? {
             tracing::warn!(

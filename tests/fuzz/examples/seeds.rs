@@ -24,6 +24,36 @@ use tar::{Builder, EntryType, Header};
 /// Larger inputs slow a fuzzer down more than they teach it.
 const LARGEST: usize = 256 << 10;
 
+/// What clients of the control socket send: method, path and query.
+const REQUESTS: [(&str, &str); 8] = [
+    ("daemon", "GET\n/api/v1/daemon"),
+    ("mount", "POST\n/api/v1/mount?mountpoint=%2F12"),
+    ("remount", "PUT\n/api/v1/mount?mountpoint=/a/b"),
+    ("umount", "DELETE\n/api/v1/mount?mountpoint=/a%2Fb&x=y"),
+    ("config", "PUT\n/api/v1/config?id=/"),
+    ("files", "GET\n/api/v1/metrics/files?id=/1&latest=true"),
+    ("exit", "PUT\n/api/v1/daemon/exit?unmount=true"),
+    ("nowhere", "PATCH\n/api/v3/%zz?%=&&=%2"),
+];
+
+/// An event of the kernel, with records of these types and lengths of their content.
+fn event(records: &[(u8, u16)]) -> Vec<u8> {
+    let mut bytes = vec![0, 0, 0, 0, 3, 0, 24, 0];
+    bytes.extend(0x0010_0000_u64.to_ne_bytes());
+    bytes.extend(5_u32.to_ne_bytes());
+    bytes.extend(1000_u32.to_ne_bytes());
+    for (kind, content) in records {
+        // Type, padding, length, and padding up to the content.
+        let head = if *kind == 6 { 8 } else { 4 };
+        bytes.extend([*kind, 0]);
+        bytes.extend((head + content).to_ne_bytes());
+        bytes.resize(bytes.len() + usize::from(head + content) - 4, 1);
+    }
+    let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    bytes[..4].copy_from_slice(&len.to_ne_bytes());
+    bytes
+}
+
 /// Instrumented crates call libFuzzer's runtime, which wants a target to exist.
 #[unsafe(no_mangle)]
 extern "C" fn rust_fuzzer_test_input(_: *const u8, _: usize) -> i32 {
@@ -48,6 +78,12 @@ fn main() -> Result<()> {
         gzip.write_all(&layer)?;
         corpus.put("tar_source", &format!("gzip-{level}"), &gzip.finish()?)?;
     }
+    for (name, request) in REQUESTS {
+        corpus.put("api_request", name, request.as_bytes())?;
+    }
+    corpus.put("event", "real", &event(&[(6, 16)]))?;
+    corpus.put("event", "two-records", &event(&[(9, 4), (6, 16)]))?;
+    corpus.put("event", "no-range", &event(&[]))?;
     match args.next() {
         Some(stored) => corpus.stored(&stored),
         None => Ok(()),
