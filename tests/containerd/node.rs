@@ -14,6 +14,7 @@ use support::containerd::Containerd;
 use support::cri::{Cri, RunningPod};
 use support::image::layer::{changes, write_tar};
 use support::image::layout::{self, Image};
+use support::image::programs::{copy_programs, make_pause};
 use support::plugin::Plugin;
 use support::registry::{Auth, Registry};
 use support::tree::nasty;
@@ -223,7 +224,7 @@ pub(crate) fn convert(registry: &Registry, source: &str, target: &str, options: 
 /// Makes the images and pushes them; returns the tree of `app`.
 fn push_images(scratch: &Path, registry: &Registry) -> PathBuf {
     let base = scratch.join("state-1");
-    copy_programs(&PROGRAMS, &base);
+    copy_programs(&PROGRAMS, &base).unwrap();
     let second = scratch.join("state-2");
     grow(&base, &second);
     fs::create_dir(second.join("data")).unwrap();
@@ -251,48 +252,9 @@ fn push_images(scratch: &Path, registry: &Registry) -> PathBuf {
     layout::write(&app, "app", &[Image::new(&tars)]).unwrap();
     registry.push(&app, "app", "app:original").unwrap();
 
-    let root = scratch.join("pause-root");
-    copy_programs(&["sleep"], &root);
-    let tar = scratch.join("pause.tar");
-    write_tar(&root, &changes(None, &root).unwrap(), &tar).unwrap();
-    let mut pause = Image::new(&[&tar]);
-    pause.config = serde_json::json!({"Entrypoint": ["/usr/bin/sleep", "1000000"]});
-    let at = scratch.join("pause");
-    layout::write(&at, "pause", &[pause]).unwrap();
+    let at = make_pause(scratch).unwrap();
     registry.push(&at, "pause", "pause:1").unwrap();
     third
-}
-
-/// Programs of this machine and the libraries that they need, in a new tree.
-pub(crate) fn copy_programs(programs: &[&str], root: &Path) {
-    for directory in [
-        "usr/bin",
-        "usr/lib",
-        "usr/lib64",
-        "proc",
-        "sys",
-        "dev",
-        "etc",
-        "tmp",
-    ] {
-        fs::create_dir_all(root.join(directory)).unwrap();
-    }
-    for name in ["bin", "lib", "lib64"] {
-        std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name)).unwrap();
-    }
-    for name in programs {
-        let program = PathBuf::from("/usr/bin").join(name);
-        fs::copy(&program, root.join("usr/bin").join(name)).unwrap();
-        let needed = succeed(Command::new("ldd").arg(program)).unwrap().stdout;
-        for library in needed
-            .split_whitespace()
-            .filter(|word| word.starts_with('/'))
-        {
-            let place = root.join(library.trim_start_matches('/'));
-            fs::create_dir_all(place.parent().unwrap()).unwrap();
-            fs::copy(library, place).unwrap();
-        }
-    }
 }
 
 fn grow(from: &Path, to: &Path) {
