@@ -49,6 +49,10 @@ struct Cli {
     #[arg(long, default_value_t = 3)]
     runs: usize,
 
+    /// Pods that are started at once, each with its own container
+    #[arg(long, default_value_t = 1)]
+    pods: usize,
+
     /// Program that serves stargz-snapshotter; without it, that row is left out
     #[arg(long)]
     stargz: Option<PathBuf>,
@@ -96,6 +100,7 @@ struct Bench<'a> {
     link: Link,
     scratch: &'a Path,
     stargz: Option<&'a Path>,
+    pods: usize,
 }
 
 fn main() -> Result<()> {
@@ -120,6 +125,7 @@ fn main() -> Result<()> {
         },
         scratch: &scratch_path,
         stargz: cli.stargz.as_deref(),
+        pods: cli.pods,
     };
     bench.convert()?;
     let mut rows = vec![Snapshotter::Overlayfs, Snapshotter::Nydus];
@@ -130,8 +136,8 @@ fn main() -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(
         out,
-        "{} Mbit/s, {} ms, median of {}\n{:<14}{:>9}{:>18}{:>8}{:>10}",
-        cli.mbit, cli.rtt_ms, cli.runs, "", "pull s", "to first output s", "ratio", "MB"
+        "{} Mbit/s, {} ms, {} pods, median of {}\n{:<14}{:>9}{:>18}{:>8}{:>10}",
+        cli.mbit, cli.rtt_ms, cli.pods, cli.runs, "", "pull s", "to first output s", "ratio", "MB"
     )?;
     let mut first: Option<f64> = None;
     for row in rows {
@@ -241,27 +247,46 @@ impl Bench<'_> {
         let began = Instant::now();
         cri.pull(&image, None)?;
         let pull = began.elapsed();
-        let pod = cri.run_pod("cold", &logs)?;
-        let container = cri.run(&pod, "app", &image, &["/usr/bin/python3", "-c", PROGRAM])?;
-        let output = logs.join("app.log");
-        while !fs::read_to_string(&output).is_ok_and(|text| text.contains("started")) {
-            if began.elapsed() > PATIENCE
-                || cri.exit_code(&container)?.is_some_and(|code| code != 0)
-            {
-                let text = fs::read_to_string(&output).unwrap_or_default();
-                bail!("{}: not started: {text}", snapshotter.name());
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
+        thread::scope(|scope| {
+            let pods = (0..self.pods).map(|number| {
+                let (containerd, image, logs) = (&containerd, &image, &logs);
+                scope.spawn(move || run_pod(containerd, number, image, logs))
+            });
+            let pods: Vec<_> = pods.collect();
+            pods.into_iter().try_for_each(|pod| match pod.join() {
+                Ok(outcome) => outcome,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+        })
+        .with_context(|| snapshotter.name())?;
         let cost = Cost {
             pull,
             whole: began.elapsed(),
             bytes: relay.received(),
         };
-        cri.remove_pod(&pod)?;
+        cri.remove_all_pods()?;
         // containerd first: it unmounts what lies in its directory.
         drop((cri, containerd));
         drop(beside);
         Ok(cost)
     }
+}
+
+/// Starts a pod, and returns when its program has printed something.
+fn run_pod(containerd: &Containerd, number: usize, image: &str, logs: &Path) -> Result<()> {
+    let began = Instant::now();
+    let name = format!("cold-{number}");
+    let mut cri = containerd.cri()?;
+    let pod = cri.run_pod(&name, logs)?;
+    let container = cri.run(&pod, &name, image, &["/usr/bin/python3", "-c", PROGRAM])?;
+    let output = logs.join(format!("{name}.log"));
+    while !fs::read_to_string(&output).is_ok_and(|text| text.contains("started")) {
+        let ended = cri.exit_code(&container)?;
+        if began.elapsed() > PATIENCE || ended.is_some_and(|code| code != 0) {
+            let text = fs::read_to_string(&output).unwrap_or_default();
+            bail!("{name} has not started: {text}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
