@@ -129,9 +129,14 @@ impl Daemons {
     /// Replaces one daemon, unless it runs this program. One that has just died is left to
     /// who watches it.
     fn exchange(self: &Arc<Self>, slot: &mut Slot, program: &Program) -> Result<(), Error> {
-        let Some((image, old, holder)) = prepared(slot)? else {
+        let Some(replaceable) = prepared(slot)? else {
             return Ok(());
         };
+        let Replaceable {
+            image,
+            process: old,
+            holder,
+        } = replaceable;
         if program.is_of(&old) {
             return Ok(());
         }
@@ -203,8 +208,15 @@ impl Daemons {
     }
 }
 
-/// What a daemon can be replaced with; none if none runs.
-fn prepared(slot: &Slot) -> Result<Option<(Image, Arc<Process>, Arc<Holder>)>, Error> {
+/// A daemon that can be replaced: its mount would outlive it now.
+struct Replaceable {
+    image: Image,
+    process: Arc<Process>,
+    holder: Arc<Holder>,
+}
+
+/// The daemon of an image; none if none runs.
+fn prepared(slot: &Slot) -> Result<Option<Replaceable>, Error> {
     let (Some(image), Some(process)) = (&slot.wanted, &slot.process) else {
         return Ok(None);
     };
@@ -218,11 +230,11 @@ fn prepared(slot: &Slot) -> Result<Option<(Image, Arc<Process>, Arc<Holder>)>, E
         let reason = "it does not leave the descriptors of its mount".to_owned();
         return Err(failed(image, reason));
     }
-    Ok(Some((
-        image.clone(),
-        Arc::clone(process),
-        Arc::clone(holder),
-    )))
+    Ok(Some(Replaceable {
+        image: image.clone(),
+        process: Arc::clone(process),
+        holder: Arc::clone(holder),
+    }))
 }
 
 fn failed(image: &Image, reason: String) -> Error {
