@@ -359,6 +359,34 @@ mod tests {
     }
 
     #[test]
+    fn a_daemon_whose_descriptors_nobody_holds_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("600");
+        let process = Process::start(&command, &directory.path().join("log"), &[]);
+        let process = Arc::new(process.unwrap());
+        let image = Image {
+            id: 1,
+            reference: "registry.example/app:1".to_owned(),
+            bootstrap: PathBuf::new(),
+            mountpoint: PathBuf::new(),
+            account: None,
+        };
+        let slot = Slot {
+            wanted: Some(image),
+            process: Some(Arc::clone(&process)),
+            ..Slot::default()
+        };
+        let refused = prepared(&slot).err();
+        process.kill_group(STOP);
+        let refused = refused.unwrap().to_string();
+        assert!(refused.contains("registry.example/app:1"), "{refused}");
+        assert!(refused.contains("nobody holds"), "{refused}");
+        // Whoever watches it replaces it now.
+        assert!(prepared(&slot).unwrap().is_none());
+    }
+
+    #[test]
     fn a_program_is_known_although_another_one_has_its_name() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("program");
