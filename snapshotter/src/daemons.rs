@@ -26,7 +26,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -61,6 +61,8 @@ pub struct Daemons {
     /// What the service manager held for images that nobody has asked for yet.
     inherited: Mutex<Inherited>,
     restarts: AtomicU64,
+    /// Whether the daemons of an earlier life are known.
+    complete: AtomicBool,
     /// Held while all daemons are replaced.
     upgrading: Mutex<()>,
 }
@@ -112,6 +114,7 @@ impl Daemons {
             manager,
             inherited: Mutex::new(inherited),
             restarts: AtomicU64::new(0),
+            complete: AtomicBool::new(false),
             upgrading: Mutex::default(),
         })
     }
@@ -158,8 +161,9 @@ impl Daemons {
     }
 
     /// Lets go of what was held for images that nobody uses. Call when all others have
-    /// been attached.
+    /// been attached: all daemons are known from here on.
     pub fn forget_strangers(&self) {
+        self.complete.store(true, Ordering::Release);
         for (image, files) in std::mem::take(&mut *lock(&self.inherited)) {
             tracing::warn!("image {image}: nobody uses it; what was held for it is let go");
             for name in files.keys() {

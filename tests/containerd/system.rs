@@ -48,7 +48,15 @@ fn impostor(node: &Node) -> PathBuf {
 fn upgrade(node: &Node, program: &Path, version: &str) -> Answer {
     let body = json!({"nydusd_path": program, "version": version, "policy": "rolling"});
     let target = "/api/v1/daemons/upgrade";
-    node.plugin.ask("PUT", target, &body.to_string()).unwrap()
+    let mut answer = None;
+    // A plugin that has just been started does not know all daemons.
+    wait_for("all images", || {
+        let said = node.plugin.ask("PUT", target, &body.to_string()).unwrap();
+        let early = said.body.contains("are mounted yet");
+        answer = Some(said);
+        !early
+    });
+    answer.unwrap()
 }
 
 #[track_caller]
@@ -116,9 +124,6 @@ fn daemons_are_replaced_while_containers_read() {
                 // The next life of the plugin finds them, and has to ask for what they hold.
                 node.plugin.stop().unwrap();
                 node.plugin.start_again().unwrap();
-                wait_for("both images", || {
-                    tell(&node, "/api/v1/daemons").as_array().unwrap().len() == 2
-                });
             }
             let program = copy_of_nydusd(&node, name);
             let before = node.wait_for_daemons(2);

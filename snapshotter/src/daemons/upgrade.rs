@@ -14,6 +14,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -94,6 +95,10 @@ impl Daemons {
                 return Err(Error::Invalid("another upgrade is under way".to_owned()));
             }
         };
+        if !self.complete.load(Ordering::Acquire) {
+            let reason = "not all images that are in use are mounted yet; try again";
+            return Err(Error::Invalid(reason.to_owned()));
+        }
         let program = Program::check(path, version)?;
         for id in self.ids() {
             self.visit(id, |slot| prepared(slot).map(drop))?;
