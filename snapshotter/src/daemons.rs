@@ -13,17 +13,20 @@
 //! its environment and are never in a file or a command line.
 //!
 //! Its module `process` starts, finds and ends processes; `holder` is what keeps a mount
-//! alive; `settings` writes the configuration of one daemon.
+//! alive; `settings` writes the configuration of one daemon; `upgrade` replaces the program
+//! that all of them run.
 
 pub(crate) mod holder;
 pub(crate) mod process;
 pub(crate) mod settings;
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -58,6 +61,10 @@ pub struct Daemons {
     /// What the service manager held for images that nobody has asked for yet.
     inherited: Mutex<Inherited>,
     restarts: AtomicU64,
+    /// Whether the daemons of an earlier life are known.
+    complete: AtomicBool,
+    /// Held while all daemons are replaced.
+    upgrading: Mutex<()>,
 }
 
 /// One image; locked while its daemon is started or stopped.
@@ -78,6 +85,8 @@ pub struct Status {
     pub snapshot_id: u64,
     /// Process id; none while it is being replaced.
     pub pid: Option<i32>,
+    /// Process group of its processes.
+    pub group: Option<i32>,
     /// The image.
     pub image_id: String,
     /// Where it is mounted.
@@ -105,6 +114,8 @@ impl Daemons {
             manager,
             inherited: Mutex::new(inherited),
             restarts: AtomicU64::new(0),
+            complete: AtomicBool::new(false),
+            upgrading: Mutex::default(),
         })
     }
 
@@ -150,8 +161,9 @@ impl Daemons {
     }
 
     /// Lets go of what was held for images that nobody uses. Call when all others have
-    /// been attached.
+    /// been attached: all daemons are known from here on.
     pub fn forget_strangers(&self) {
+        self.complete.store(true, Ordering::Release);
         for (image, files) in std::mem::take(&mut *lock(&self.inherited)) {
             tracing::warn!("image {image}: nobody uses it; what was held for it is let go");
             for name in files.keys() {
@@ -215,13 +227,11 @@ impl Daemons {
             if let Ok(slot) = slot.try_lock()
                 && let Some(image) = &slot.wanted
             {
+                let process = slot.process.as_ref().filter(|process| process.is_alive());
                 list.push(Status {
                     snapshot_id,
-                    pid: slot
-                        .process
-                        .as_ref()
-                        .filter(|p| p.is_alive())
-                        .map(|p| p.pid()),
+                    pid: process.map(|process| process.pid()),
+                    group: process.and_then(|process| process.group()),
                     image_id: image.reference.clone(),
                     mountpoint: image.mountpoint.clone(),
                     supervisor_path: slot
@@ -290,27 +300,41 @@ impl Daemons {
         if let Some(holder) = holder {
             let held = holder.has_mount();
             if held && process::is_mounted(&image.mountpoint) {
-                return self.resume(image, holder);
+                tracing::warn!(
+                    "image {}: its whole daemon has died; the next one gets {} descriptors",
+                    image.reference,
+                    holder.count()
+                );
+                let command = self.command(image, true)?;
+                return self.resume(image, holder, command, START);
             }
             holder.clear();
         }
         self.mount(image, holder)
     }
 
-    /// Starts a daemon that goes on with the mount of one that died.
-    fn resume(&self, image: &Image, holder: &Holder) -> Result<Arc<Process>, Error> {
+    /// The command that serves `image` with the program that is used now.
+    fn command(&self, image: &Image, held: bool) -> Result<Command, Error> {
+        let program = self.settings.program();
+        self.settings.command(image, held, &program)
+    }
+
+    /// Starts a daemon that goes on with the mount of one that is gone, and has this long
+    /// to do so.
+    fn resume(
+        &self,
+        image: &Image,
+        holder: &Holder,
+        command: Command,
+        patience: Duration,
+    ) -> Result<Arc<Process>, Error> {
         let began = Instant::now();
         let files = holder.files().map_err(|error| Error::Mount {
             image: image.reference.clone(),
             reason: format!("cannot copy what is held: {error}"),
         })?;
-        tracing::warn!(
-            "image {}: its whole daemon has died; the next one gets {} descriptors",
-            image.reference,
-            files.len()
-        );
-        let process = self.start(image, Some(holder), files)?;
-        let goes_on = || process.is_alive() && began.elapsed() < START;
+        let process = self.start(image, Some(holder), files, command)?;
+        let goes_on = || process.is_alive() && began.elapsed() < patience;
         if !holder.wait_until_ready(goes_on) {
             // All of it, at once: it may have begun to answer, and the next one must not
             // be a second one. Nothing is lost, because everything is held.
@@ -333,7 +357,8 @@ impl Daemons {
         fs::create_dir_all(&image.mountpoint)
             .map_err(Error::io(&image.mountpoint, "cannot make the directory"))?;
         let began = Instant::now();
-        let process = self.start(image, holder, Vec::new())?;
+        let command = self.command(image, holder.is_some())?;
+        let process = self.start(image, holder, Vec::new(), command)?;
         while !process::is_mounted(&image.mountpoint) {
             if !process.is_alive() || began.elapsed() > START {
                 return Err(self.useless(image, &process, "did not mount it"));
@@ -362,8 +387,8 @@ impl Daemons {
         image: &Image,
         holder: Option<&Holder>,
         files: Vec<(String, OwnedFd)>,
+        mut command: Command,
     ) -> Result<Process, Error> {
-        let mut command = self.settings.command(image, holder.is_some())?;
         let (names, files): (Vec<String>, Vec<OwnedFd>) = files.into_iter().unzip();
         manager::introduce(&mut command, holder.map(Holder::path), &names);
         let log = self.settings.log_file(image.id);
@@ -371,7 +396,7 @@ impl Daemons {
             image: image.reference.clone(),
             reason: format!(
                 "cannot start {}: {error}",
-                self.settings.program().display()
+                Path::new(command.get_program()).display()
             ),
         })
     }

@@ -34,6 +34,14 @@ pub enum Error {
         /// What failed, the whole chain.
         reason: String,
     },
+    /// A daemon goes on with the program that it had.
+    #[error("the daemon of image {image:?} was not replaced: {reason}")]
+    Upgrade {
+        /// The reference it was pulled by.
+        image: String,
+        /// What failed, the whole chain.
+        reason: String,
+    },
     /// The records cannot be read or written.
     #[error("records of snapshots: {0}")]
     Records(String),
@@ -73,7 +81,7 @@ impl Error {
             Self::AlreadyExists(_) => Code::AlreadyExists,
             Self::Precondition { .. } => Code::FailedPrecondition,
             Self::Invalid(_) => Code::InvalidArgument,
-            Self::Mount { .. } => Code::Unavailable,
+            Self::Mount { .. } | Self::Upgrade { .. } => Code::Unavailable,
             Self::Records(_) | Self::Io { .. } => Code::Internal,
         }
     }

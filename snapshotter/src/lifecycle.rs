@@ -39,7 +39,7 @@ pub struct Snapshots {
     pub(crate) daemons: Arc<Daemons>,
     /// Held while a directory exists whose record is not durable yet.
     placing: Mutex<()>,
-    cache: PathBuf,
+    pub(crate) cache: PathBuf,
     collect_cache: bool,
     sync_remove: bool,
     volatile: bool,

@@ -1,6 +1,6 @@
 //! Disk space of directories and of cached blobs.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -62,6 +62,29 @@ pub fn of_cached_blob(cache: &Path, digest: &str) -> Usage {
     usage
 }
 
+/// What the cache holds, by blob.
+///
+/// # Errors
+/// The directory cannot be listed.
+pub(crate) fn cached_blobs(cache: &Path) -> Result<BTreeMap<String, Usage>, Error> {
+    let mut blobs = BTreeMap::new();
+    let entries = match fs::read_dir(cache) {
+        Ok(entries) => entries,
+        // Nothing was mounted yet.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(blobs),
+        Err(error) => return Err(Error::io(cache, "cannot list")(error)),
+    };
+    for entry in entries {
+        let name = entry.map_err(Error::io(cache, "cannot list"))?.file_name();
+        let name = name.to_string_lossy();
+        if let Some(id) = name.split('.').next().filter(|id| is_blob_id(id)) {
+            let usage = || of_cached_blob(cache, &format!("sha256:{id}"));
+            blobs.entry(id.to_owned()).or_insert_with(usage);
+        }
+    }
+    Ok(blobs)
+}
+
 /// Endings of the files that a cache directory keeps of a blob; some of them only
 /// by other versions (`docs/format-blob.md`, "Cache directory").
 pub(crate) const CACHE_SUFFIXES: [&str; 7] = [
@@ -110,6 +133,14 @@ mod tests {
         let usage = of_cached_blob(directory.path(), &format!("sha256:{id}"));
         assert_eq!(usage.inodes, 1);
         assert!(usage.bytes >= 5000);
+        fs::write(directory.path().join(format!("{id}.chunk_map")), [1; 9000]).unwrap();
+        fs::create_dir(directory.path().join("mounts")).unwrap();
+        let blobs = cached_blobs(directory.path()).unwrap();
+        let whole = of_cached_blob(directory.path(), &format!("sha256:{id}"));
+        assert_eq!(blobs, BTreeMap::from([(id, whole)]));
+        assert!(whole.bytes >= 14000);
+        let missing = directory.path().join("missing");
+        assert!(cached_blobs(&missing).unwrap().is_empty());
         assert_eq!(
             of_cached_blob(directory.path(), "sha256:../etc"),
             Usage::default()

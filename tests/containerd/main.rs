@@ -11,6 +11,7 @@
 //! - [`images`]: other ways in which images are made, and many pods of one
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
+//! - [`system`]: what the plugin tells, and its daemons replaced while containers read
 
 #![allow(
     clippy::unwrap_used,
@@ -25,6 +26,7 @@ mod layers;
 mod node;
 mod pods;
 mod suite;
+mod system;
 
 use std::path::{Path, PathBuf};
 

@@ -22,11 +22,15 @@ use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
+use crate::api::{Answer, ask};
 use crate::binaries::{nydus_snapshotter, nydusd_path};
 use crate::command::succeed;
 use crate::mount::detach;
 use crate::notify::ServiceManager;
 use crate::process::Process;
+
+/// Its socket for people and their tools, below its directory.
+const SYSTEM: &str = "run/system.sock";
 
 /// Labels of a snapshot.
 pub type Labels = HashMap<String, String>;
@@ -91,10 +95,11 @@ impl Plugin {
     fn command(&self) -> Result<Command> {
         let config = self.directory.join("config.toml");
         let text = format!(
-            "root = {:?}\naddress = {:?}\n{}",
+            "root = {:?}\naddress = {:?}\n{}\n[system]\nenable = true\naddress = {:?}\n",
             self.root(),
             self.address(),
-            self.configuration
+            self.configuration,
+            self.directory.join(SYSTEM),
         );
         std::fs::write(&config, text)?;
         let mut command = nydus_snapshotter()?;
@@ -116,7 +121,9 @@ impl Plugin {
             .join(format!("snapshotter-{}.log", self.starts));
         let mut process = Process::start(&mut command, &log)?;
         let address = self.address();
-        process.wait_until(|_| UnixStream::connect(&address).is_ok())?;
+        let system = self.directory.join(SYSTEM);
+        let listens = |path: &Path| UnixStream::connect(path).is_ok();
+        process.wait_until(|_| listens(&address) && listens(&system))?;
         self.process = Some(process);
         Ok(())
     }
@@ -158,6 +165,14 @@ impl Plugin {
     #[must_use]
     pub fn address(&self) -> PathBuf {
         self.directory.join("run/grpc.sock")
+    }
+
+    /// What its system API answers.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub fn ask(&self, method: &str, target: &str, body: &str) -> Result<Answer> {
+        ask(&self.directory.join(SYSTEM), method, target, body)
     }
 
     /// What it has logged since it was started last.

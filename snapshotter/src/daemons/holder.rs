@@ -18,10 +18,11 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::process::Process;
 use crate::manager::{Files, Manager};
 use crate::notify::{Notice, receive};
 
@@ -141,6 +142,20 @@ impl Holder {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         true
+    }
+
+    /// Has a living daemon leave everything once more, and waits for that as long as
+    /// `patience`. Whether its mount would outlive it now.
+    pub(crate) fn renew(&self, daemon: &Process, patience: Duration) -> bool {
+        {
+            let mut state = self.lock();
+            self.take_in(&mut state);
+            state.ready = false;
+        }
+        let began = Instant::now();
+        daemon.signal_group(AGAIN);
+        let goes_on = || daemon.is_alive() && began.elapsed() < patience;
+        self.wait_until_ready(goes_on) && self.has_mount()
     }
 
     /// The end: nobody is listened to any more, and nothing is held.

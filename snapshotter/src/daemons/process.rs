@@ -140,13 +140,18 @@ impl Process {
 
     /// Sends a signal to all processes of its group.
     pub(crate) fn signal_group(&self, signal: i32) {
+        if let Some(group) = self.group() {
+            // SAFETY: takes plain numbers.
+            unsafe { libc::kill(-group, signal) };
+        }
+    }
+
+    /// Its process group, if it lives.
+    pub(crate) fn group(&self) -> Option<i32> {
         // SAFETY: takes and returns plain numbers.
         let group = unsafe { libc::getpgid(self.pid) };
         // Looked at after its number was used: it was nobody else's then.
-        if group > 1 && self.is_alive() {
-            // SAFETY: as above.
-            unsafe { libc::kill(-group, signal) };
-        }
+        (group > 1 && self.is_alive()).then_some(group)
     }
 
     /// Kills all processes of its group.
@@ -286,14 +291,41 @@ fn serves(process: &Path, mountpoint: &Path) -> bool {
 }
 
 fn parent_of(process: &Path) -> Option<i32> {
-    let stat = fs::read_to_string(process.join("stat")).ok()?;
-    // After the name, which is in parentheses and may contain anything: state, parent.
-    stat.rsplit_once(')')?
-        .1
-        .split_whitespace()
-        .nth(1)?
-        .parse()
+    status(process)?.get(1)?.parse().ok()
+}
+
+/// The memory of all processes, by process group, in KiB.
+pub(crate) fn memory_by_group() -> BTreeMap<i32, u64> {
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    let page = page
         .ok()
+        .flatten()
+        .and_then(|size| u64::try_from(size).ok());
+    let mut groups = BTreeMap::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        // Others in there are names for one of them.
+        let name = entry.file_name();
+        if name
+            .to_str()
+            .is_some_and(|name| name.parse::<i32>().is_ok())
+            && let Some(fields) = status(&entry.path())
+            && let Some(group) = fields.get(2).and_then(|group| group.parse().ok())
+            && let Some(pages) = fields.get(21).and_then(|pages| pages.parse::<u64>().ok())
+        {
+            let bytes = pages.saturating_mul(page.unwrap_or_default());
+            *groups.entry(group).or_default() += bytes >> 10;
+        }
+    }
+    groups
+}
+
+/// The fields of its line in the process table, after its name (proc_pid_stat(5)): state,
+/// parent, group and so on.
+fn status(process: &Path) -> Option<Vec<String>> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
+    // The name is in parentheses and may contain anything.
+    let fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some(fields.map(str::to_owned).collect())
 }
 
 #[cfg(test)]
@@ -359,6 +391,14 @@ mod tests {
             &files,
         );
         assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn memory_is_counted_by_group() {
+        let group = nix::unistd::getpgrp().as_raw();
+        let memory = memory_by_group();
+        // Ours is one of the group; a program of ours is never as small, or as large.
+        assert!((1 << 10..1 << 25).contains(&memory[&group]), "{memory:?}");
     }
 
     #[test]

@@ -29,7 +29,8 @@ const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
 
 /// What all daemons have in common.
 pub struct Settings {
-    program: PathBuf,
+    /// Changes when all daemons are replaced.
+    program: Mutex<PathBuf>,
     root: PathBuf,
     layout: Layout,
     cache: PathBuf,
@@ -64,7 +65,7 @@ impl Settings {
         runtime: tokio::runtime::Handle,
     ) -> Result<Self, Error> {
         Ok(Self {
-            program: config.daemon.nydusd_path.clone(),
+            program: Mutex::new(config.daemon.nydusd_path.clone()),
             root: config.root.clone(),
             layout: Layout::new(&config.root),
             cache: config.cache_dir(),
@@ -94,8 +95,18 @@ impl Settings {
         self.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn program(&self) -> &Path {
-        &self.program
+    /// What new daemons run.
+    pub(crate) fn program(&self) -> PathBuf {
+        self.lock_program().clone()
+    }
+
+    /// Has new daemons run another program; returns the one before.
+    pub(crate) fn set_program(&self, program: &Path) -> PathBuf {
+        std::mem::replace(&mut self.lock_program(), program.to_owned())
+    }
+
+    fn lock_program(&self) -> MutexGuard<'_, PathBuf> {
+        self.program.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn mountpoint(&self, id: u64) -> PathBuf {
@@ -120,14 +131,20 @@ impl Settings {
 
     /// The command that serves `image`, whose configuration file is written.
     ///
-    /// * `held`: whether its descriptors outlive it.
-    pub(crate) fn command(&self, image: &Image, held: bool) -> Result<Command, Error> {
+    /// * `held`: whether its descriptors outlive it;
+    /// * `program`: what it is to run.
+    pub(crate) fn command(
+        &self,
+        image: &Image,
+        held: bool,
+        program: &Path,
+    ) -> Result<Command, Error> {
         let place = place_of(image)?;
         let directory = self.config_dir(image.id);
         make_directory(&directory, 0o700)?;
         let file = directory.join("config.json");
         write(&file, &self.config(image, &place, held).to_string())?;
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(program);
         command.arg("--config").arg(&file);
         command.arg("--bootstrap").arg(&image.bootstrap);
         command.arg("--mountpoint").arg(&image.mountpoint);
