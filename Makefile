@@ -21,7 +21,8 @@ test: ## Check format and lints, run all tests (as root)
 	@misc/test.sh
 
 test-containerd2: install ## Run the tests with containerd again, with a current one built by Go
-	PATH="$$(misc/containerd2.sh):$$PATH" cargo test --locked --workspace --test containerd
+	programs=$$(misc/containerd2.sh) && PATH="$$programs:$$PATH" \
+	  cargo test --locked --workspace --test containerd
 
 soak: install ## Run the long versions of randomised tests, as root; SEED=n repeats a run of readers
 	CACHE_CUTS=200 cargo test --locked --workspace --test crash
@@ -34,9 +35,9 @@ bench: build ## Print speeds against tar, zstd, curl and ext4 (as root)
 	misc/bench/read.sh
 	misc/bench/mount.sh
 	misc/bench/fuse.sh
-	misc/bench/coldstart.sh
 	misc/bench/datapath.sh
 	misc/bench/warmread.sh
+	misc/bench/coldstart.sh
 
 docs: ## Build the API documentation, warnings denied
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --document-private-items

@@ -2,7 +2,7 @@
 # Builds a current containerd 2 with Go, for the tests: Debian 12 has 1.6.
 #
 # Usage: misc/containerd2.sh [DIRECTORY]        default: out/containerd2
-# Prints the directory with the programs: PATH=$(misc/containerd2.sh):$PATH cargo test ...
+# Prints the directory with the programs, to be put in front of PATH (`make test-containerd2`).
 # Its module excludes others, so `go install …@version` refuses it; as a dependency of a
 # module of its own it builds.
 set -euo pipefail
