@@ -40,6 +40,7 @@ fn requests_that_hang_are_made_again() {
             range: range.clone(),
             priority: Priority::OnDemand,
             served_by: None,
+            direct: false,
         };
         let began = Instant::now();
         let got = fetch_to_vec(&backend, &request, 1 << 20).unwrap();

@@ -66,6 +66,7 @@ mod tests {
                     range,
                     priority: Priority::OnDemand,
                     served_by: None,
+                    direct: false,
                 };
                 fetch_to_vec(&backend, &request, 100)
             };

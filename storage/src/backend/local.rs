@@ -140,6 +140,7 @@ mod tests {
             range,
             priority: Priority::OnDemand,
             served_by: None,
+            direct: false,
         };
         fetch_to_vec(backend, &request, 1 << 30)
     }

@@ -56,9 +56,10 @@ impl<S: Source> Remote<S> {
         sink: &mut Sink<'_>,
     ) -> Result<(), BackendError> {
         let (source, blob) = (Arc::clone(&self.source), request.blob.clone());
-        let (range, priority) = (request.range.clone(), request.priority);
+        let range = request.range.clone();
+        let manner = (request.priority, request.direct);
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer(&*source, &blob, range, priority, out).await;
+            transfer(&source, &blob, range, manner, out).await;
         })
         .unwrap_or_else(|Vanished| Err(self.vanished(request.blob)))
     }
