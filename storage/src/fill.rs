@@ -465,10 +465,15 @@ impl<'a> Filler<'a> {
     }
 
     /// Asks the source itself for what somebody else delivered wrongly.
-    fn ask_directly(&self, job: Job<'a>, error: &ReadError, served_by: &ServedBy, request: &mut Request<'_>) {
+    fn ask_directly(
+        &self,
+        job: Job<'a>,
+        error: &ReadError,
+        served_by: &ServedBy,
+        request: &mut Request<'_>,
+    ) {
         tracing::warn!(%error, host = %served_by.host(), "asking the source itself");
-        self.backend
-            .distrust(&self.info.id, &job.stored, served_by);
+        self.backend.distrust(&self.info.id, &job.stored, served_by);
         self.transfer_alone(job, true, request);
     }
 

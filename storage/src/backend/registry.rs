@@ -182,7 +182,11 @@ impl Backend for RegistryBackend {
 
     fn distrust(&self, blob: &BlobId, range: &std::ops::Range<u64>, served_by: &ServedBy) {
         // Pings need the runtime.
-        let (client, blob, range) = (Arc::clone(self.remote.source()), blob.clone(), range.clone());
+        let (client, blob, range) = (
+            Arc::clone(self.remote.source()),
+            blob.clone(),
+            range.clone(),
+        );
         let by = ServedBy::default();
         by.add(served_by);
         self.remote

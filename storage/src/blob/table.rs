@@ -233,7 +233,11 @@ impl Source<'_> {
             direct: self.direct.get(),
         };
         let (first, last) = self.fetched.get();
-        let first = if last == 0 { range.start } else { first.min(range.start) };
+        let first = if last == 0 {
+            range.start
+        } else {
+            first.min(range.start)
+        };
         self.fetched.set((first, last.max(range.end)));
         let start = std::time::Instant::now();
         let result = fetch_to_vec(self.backend, &request, MAX_STORED);

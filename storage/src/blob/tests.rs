@@ -539,7 +539,11 @@ fn wrong_bytes_of_a_mirror_cost_a_second_request_and_nothing_else() {
     assert!(bench.blob.is_complete());
     let distrusted = bench.backend.distrusted.load(Ordering::Relaxed);
     assert!(distrusted > 1, "{distrusted}");
-    let failures = bench.cache.metrics().verify_failures.load(Ordering::Relaxed);
+    let failures = bench
+        .cache
+        .metrics()
+        .verify_failures
+        .load(Ordering::Relaxed);
     assert!(failures > 0);
 }
 

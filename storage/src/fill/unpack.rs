@@ -144,7 +144,9 @@ impl<'f, 'a> Unpacker<'f, 'a> {
 
 fn first_error(checked: &Result<Vec<Result<&[u8], ReadError>>, ReadError>) -> Option<ReadError> {
     match checked {
-        Ok(chunks) => chunks.iter().find_map(|chunk| chunk.as_ref().err().cloned()),
+        Ok(chunks) => chunks
+            .iter()
+            .find_map(|chunk| chunk.as_ref().err().cloned()),
         Err(error) => Some(error.clone()),
     }
 }

@@ -42,7 +42,10 @@ impl Default for Allowance {
 impl Allowance {
     fn earn(&self, delivered: u64) {
         let part = i64::try_from(delivered / DETOUR_SHARE).unwrap_or(DETOUR_MOST);
-        let sum = self.0.fetch_add(part, Ordering::Relaxed).saturating_add(part);
+        let sum = self
+            .0
+            .fetch_add(part, Ordering::Relaxed)
+            .saturating_add(part);
         if sum > DETOUR_MOST {
             self.0.fetch_min(DETOUR_MOST, Ordering::Relaxed);
         }
@@ -74,7 +77,10 @@ impl Source for Client {
                 if !route.takes(number) {
                     continue;
                 }
-                match self.ask_mirror((number, mirror), blob, at, end, (route, out)).await {
+                match self
+                    .ask_mirror((number, mirror), blob, at, end, (route, out))
+                    .await
+                {
                     Ok(()) => return Ok(()),
                     Err(failure) => refusal = Some(self.mirror_failed(mirror, blob, failure)?),
                 }
@@ -105,7 +111,8 @@ impl Source for Client {
         if route.direct || matches!(failure.error, BackendError::Stopped) {
             return Err(failure);
         }
-        self.ask_the_sick(blob, at, end, (route, out), failure).await
+        self.ask_the_sick(blob, at, end, (route, out), failure)
+            .await
     }
 
     /// Length of a blob: by HEAD, or where that is refused by asking for one byte.

@@ -127,8 +127,7 @@ impl Endpoint {
             connect: mirror.connect_timeout.unwrap_or(config.timeouts.connect),
             ..config.timeouts
         };
-        let mut endpoint =
-            Self::new(config, timeouts, tls, base, &mirror.headers, credentials)?;
+        let mut endpoint = Self::new(config, timeouts, tls, base, &mirror.headers, credentials)?;
         endpoint.shares_credentials = shares;
         endpoint.health = Some(Health::new(mirror, changed));
         endpoint.max_skip = MAX_SKIP_OF_MIRROR;
@@ -137,7 +136,7 @@ impl Endpoint {
             .map_or(endpoint.patience, |limit| timeouts.connect + limit);
         endpoint.upstream = (mirror.upstream == Upstream::Query).then(|| config.host.clone());
         if let Some(dragonfly) = &mirror.dragonfly {
-            endpoint.headers.extend(dragonfly.fixed_headers()?);
+            add_missing(&mut endpoint.headers, dragonfly.fixed_headers()?);
             endpoint.dragonfly = Some(dragonfly.clone());
         }
         Ok(endpoint)
@@ -215,7 +214,7 @@ impl Endpoint {
         let mut headers = self.headers.clone();
         if let Some(dragonfly) = &self.dragonfly {
             let whole = lock(&self.whole).contains(blob);
-            headers.extend(dragonfly.headers(priority, whole));
+            add_missing(&mut headers, dragonfly.headers(priority, whole));
         }
         headers
     }
@@ -251,6 +250,17 @@ impl Endpoint {
             auth: Arc::clone(&self.auth),
             limit: self.patience,
         })
+    }
+}
+
+/// What the configuration says itself comes first.
+fn add_missing(headers: &mut HeaderMap, more: HeaderMap) {
+    for (name, value) in more {
+        if let Some(name) = name
+            && !headers.contains_key(&name)
+        {
+            headers.insert(name, value);
+        }
     }
 }
 

@@ -70,7 +70,10 @@ impl Probe {
     /// Whether it delivers, or says for a good reason that it does not.
     async fn delivers(&self) -> bool {
         let authorization = self.auth.header().await.ok().flatten();
-        let mut request = self.http.get(self.url.clone()).headers(self.headers.clone());
+        let mut request = self
+            .http
+            .get(self.url.clone())
+            .headers(self.headers.clone());
         if let Some(header) = authorization {
             request = request.header(AUTHORIZATION, header);
         }

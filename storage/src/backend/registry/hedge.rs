@@ -198,7 +198,9 @@ impl Lane {
             began: Instant::now(),
             work: Box::pin(async move {
                 let mut at = range.start;
-                source.attempt(&blob, &mut at, range.end, &route, &out).await
+                source
+                    .attempt(&blob, &mut at, range.end, &route, &out)
+                    .await
             }),
             pieces,
             result: None,

@@ -54,10 +54,12 @@ pub(in crate::backend) fn http_client(
     }
     match builder.build() {
         // A machine without certificates can use a plain registry all the same.
-        Err(_) if tls.plain && tls.ca_files.is_empty() && tls.proxy.is_none() => self::builder(tls, timeouts)
-            .tls_certs_only([])
-            .build()
-            .map_err(failed),
+        Err(_) if tls.plain && tls.ca_files.is_empty() && tls.proxy.is_none() => {
+            self::builder(tls, timeouts)
+                .tls_certs_only([])
+                .build()
+                .map_err(failed)
+        }
         result => result.map_err(failed),
     }
 }

@@ -133,7 +133,14 @@ fn whose_error_it_is_counts_and_not_its_status() {
         }
         assert_eq!(origin.requests().len(), 5, "{case}");
         let throttled = metrics.mirror_throttled.load(Ordering::Relaxed);
-        assert_eq!(throttled, if status == 429 && kind == "proxy" { 5 } else { 0 });
+        assert_eq!(
+            throttled,
+            if status == 429 && kind == "proxy" {
+                5
+            } else {
+                0
+            }
+        );
         assert_eq!(metrics.fallbacks.load(Ordering::Relaxed), 5);
     }
 }
@@ -159,7 +166,10 @@ fn older_agents_send_parts_with_status_200() {
         Reply::ok(data()[range].to_vec()).with("content-range", &text)
     });
     let origin = good();
-    expect(&RegistryBackend::new(through(&origin, &server)).unwrap(), 100..2000);
+    expect(
+        &RegistryBackend::new(through(&origin, &server)).unwrap(),
+        100..2000,
+    );
     assert!(origin.requests().is_empty());
 }
 
@@ -178,7 +188,10 @@ fn prefetch_does_not_fall_back_where_only_readers_may() {
     let backend = RegistryBackend::new(settings.clone()).unwrap();
     let error = prefetch(&backend, 0..10).unwrap_err();
     let text = answer::chain(&error);
-    assert!(text.contains("no mirror delivers") && text.contains("registry, seen"), "{text}");
+    assert!(
+        text.contains("no mirror delivers") && text.contains("registry, seen"),
+        "{text}"
+    );
     assert!(origin.requests().is_empty());
     expect(&backend, 0..10);
     assert_eq!(origin.requests().len(), 1);
@@ -233,7 +246,11 @@ fn a_silent_agent_holds_up_nobody_for_long() {
             scope.spawn(|| expect(&backend, 0..300_000));
         }
     });
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        start.elapsed()
+    );
     let start = Instant::now();
     (0..10).for_each(|_| expect(&backend, 0..1000));
     assert!(start.elapsed() < Duration::from_secs(1));
@@ -342,7 +359,10 @@ fn a_forward_proxy_is_told_whom_to_ask() {
     settings.fallback.who = WhoFallsBack::Never;
     expect(&RegistryBackend::new(settings).unwrap(), 0..10);
     let requests = proxy.requests();
-    let path = format!("http://registry.example/v2/library/demo/blobs/sha256:{}", blob());
+    let path = format!(
+        "http://registry.example/v2/library/demo/blobs/sha256:{}",
+        blob()
+    );
     assert_eq!(requests[0].path, path);
     assert_eq!(requests[0].header("x-dragonfly-use-p2p"), Some("true"));
 }
