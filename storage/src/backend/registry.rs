@@ -8,7 +8,7 @@
 //! * `client`: mirrors first, then the registry itself (`fallback`);
 //! * `endpoint`, `health`, `distrust`: the registry and its mirrors, and which are worth
 //!   asking;
-//! * `dragonfly`: what is special about mirrors that pass blobs from node to node;
+//! * `dragonfly`, `pieces`: what is special about mirrors that pass blobs from node to node;
 //! * `hedge`: a second request where the first takes too long for a reader;
 //! * `open`: one attempt up to the headers, with credentials and redirects;
 //! * `redirects`: where blobs were found last, until that expires;
@@ -34,6 +34,7 @@ mod fallback;
 mod health;
 pub(super) mod hedge;
 mod open;
+mod pieces;
 pub(super) mod redirects;
 pub(super) mod retry;
 pub(super) mod tls;

@@ -3,6 +3,7 @@
 //! that are left alone.
 
 use std::future::Future;
+use std::time::Duration;
 
 use reqwest::Method;
 
@@ -12,7 +13,7 @@ use super::config::Timeouts;
 use super::dragonfly::AgentFault;
 use super::endpoint::Endpoint;
 use super::health::Offence;
-use super::hedge::{Latency, Route};
+use super::hedge::{Latency, Route, UNKNOWN};
 use super::retry::{Attempts, Failure, Pause, RetryLimits};
 use super::transfer::{Source, stream};
 use crate::backend::bridge::Output;
@@ -25,6 +26,9 @@ use crate::sync::{AtomicI64, Ordering};
 /// fetching for them: at first, and for each byte that agents delivered (one in so many).
 const DETOUR_ADVANCE: i64 = 1 << 20;
 const DETOUR_SHARE: u64 = 10;
+
+/// How long a reader waits for a piece that may be new to an agent of Dragonfly.
+const NEW_PIECE: Duration = Duration::from_millis(150);
 
 /// Most of these bytes that may be saved up.
 const DETOUR_MOST: i64 = 8 << 20;
@@ -158,6 +162,18 @@ impl Source for Client {
         self.mirrors.iter().any(Endpoint::is_well)
     }
 
+    /// How long an agent of Dragonfly needs for a piece that it has says nothing about
+    /// one that is new to it; the registry delivers a few chunks sooner.
+    fn patience(&self) -> Duration {
+        let first = self.mirrors.iter().find(|mirror| mirror.is_well());
+        match first {
+            Some(mirror) if mirror.is_dragonfly() => {
+                self.latency.patience(NEW_PIECE).min(NEW_PIECE)
+            }
+            _ => self.latency.patience(UNKNOWN),
+        }
+    }
+
     /// Beside an agent of Dragonfly it is bytes that count: a piece that takes long costs
     /// the registry 4 MiB already.
     fn may_hedge(&self, route: &Route, len: u64) -> bool {
@@ -264,6 +280,10 @@ impl Client {
         end: u64,
         (route, out): (&Route, &Output),
     ) -> Result<(), Failure> {
+        let alone = match mirror.is_dragonfly() {
+            true => Some(mirror.pieces.enter(blob, *at..end).await),
+            false => None,
+        };
         mirror.want_whole(blob, true);
         add(&self.metrics.mirror_requests, 1);
         out.served_by().set_mirror(number);
@@ -277,6 +297,9 @@ impl Client {
         }
         result?;
         mirror.delivered(blob);
+        if let Some(fetching) = alone {
+            fetching.arrived();
+        }
         if let Some(health) = &mirror.health {
             health.succeeded();
         }

@@ -15,6 +15,7 @@ use super::config::{Mirror, RegistryConfig, Scheme, Timeouts, Upstream};
 use super::distrust::Distrust;
 use super::dragonfly::{Dragonfly, WholeBlob};
 use super::health::{Health, Probe};
+use super::pieces::Pieces;
 use super::redirects::Redirects;
 use super::tls::{Tls, http_client, is_loopback};
 use crate::backend::{BackendError, Priority};
@@ -50,6 +51,7 @@ pub(super) struct Endpoint {
     /// Longest wait for the headers of an answer.
     pub(super) patience: Duration,
     pub(super) distrust: Distrust,
+    pub(super) pieces: Pieces,
     dragonfly: Option<Dragonfly>,
     /// Blobs that the agent is to fetch whole; those that it was told are no more in it.
     whole: Mutex<HashSet<BlobId>>,
@@ -180,6 +182,7 @@ impl Endpoint {
             redirect_scheme: config.redirect_scheme,
             patience: timeouts.connect + timeouts.read,
             distrust: Distrust::default(),
+            pieces: Pieces::default(),
             dragonfly: None,
             whole: Mutex::default(),
             upstream: None,

@@ -37,7 +37,7 @@ const ENOUGH: usize = 20;
 
 /// The least and, as long as nothing is known, the usual time for a first byte.
 const FLOOR: Duration = Duration::from_millis(50);
-const UNKNOWN: Duration = Duration::from_secs(1);
+pub(super) const UNKNOWN: Duration = Duration::from_secs(1);
 
 /// An answer this many times slower than half of them is slow, however many are.
 const TIMES_MEDIAN: u32 = 4;
@@ -143,13 +143,15 @@ impl Latency {
     }
 
     /// How long a first byte may take.
-    fn patience(&self) -> Duration {
+    ///
+    /// * `unknown`: the answer as long as there were few.
+    pub(super) fn patience(&self, unknown: Duration) -> Duration {
         let known = lock(&self.0);
         let (mut recent, count) = (known.recent, known.count.min(SAMPLES));
         drop(known);
         let recent = recent.get_mut(..count).unwrap_or_default();
         if count < ENOUGH {
-            return UNKNOWN;
+            return unknown;
         }
         recent.sort_unstable();
         let at = |percent: usize| recent.get(count * percent / 100).copied();
@@ -245,7 +247,7 @@ pub(super) async fn attempt<S: Source>(
     let mut rival: Option<Lane> = None;
     let mut silent_since = lane.began;
     let mut hedged = false;
-    let patience = latency.patience();
+    let patience = source.patience();
     loop {
         let limit = if *at == start {
             patience
@@ -334,18 +336,18 @@ mod tests {
         for _ in 0..ENOUGH - 1 {
             latency.observe(Duration::from_millis(100));
         }
-        assert_eq!(latency.patience(), UNKNOWN);
+        assert_eq!(latency.patience(UNKNOWN), UNKNOWN);
         (0..100).for_each(|n| latency.observe(Duration::from_millis(100 + n)));
-        let patience = latency.patience();
+        let patience = latency.patience(UNKNOWN);
         assert!((190..200).contains(&patience.as_millis()), "{patience:?}");
         // A third of all answers hangs: what is usual is still what the others take.
         for number in 0..300 {
             let slow = number % 3 == 0;
             latency.observe(Duration::from_millis(if slow { 9000 } else { 100 }));
         }
-        assert_eq!(latency.patience(), Duration::from_millis(400));
+        assert_eq!(latency.patience(UNKNOWN), Duration::from_millis(400));
         (0..SAMPLES).for_each(|_| latency.observe(Duration::from_micros(300)));
-        assert_eq!(latency.patience(), FLOOR);
+        assert_eq!(latency.patience(UNKNOWN), FLOOR);
     }
 
     #[test]

@@ -61,6 +61,11 @@ pub(in crate::backend) trait Source: Send + Sync + 'static {
         false
     }
 
+    /// How long a reader waits for a first byte before there is a second request.
+    fn patience(&self) -> Duration {
+        self.latency().patience(hedge::UNKNOWN)
+    }
+
     /// Whether a second request may be made for `len` bytes that did not come in time on
     /// this route; it is counted then.
     fn may_hedge(&self, _route: &Route, _len: u64) -> bool {

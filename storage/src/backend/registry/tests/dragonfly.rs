@@ -240,7 +240,7 @@ fn a_silent_agent_holds_up_nobody_for_long() {
     settings.timeouts.read = Duration::from_secs(60);
     let (backend, metrics) = counted(settings);
     let start = Instant::now();
-    // More than may be asked for twice: these wait until the agent is found to be dead.
+    // More than may be asked for twice: some wait until the agent is found to be dead.
     std::thread::scope(|scope| {
         for _ in 0..10 {
             scope.spawn(|| expect(&backend, 0..300_000));
