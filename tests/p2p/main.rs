@@ -1,0 +1,5 @@
+//! x
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on fails where it stands"
+)]
