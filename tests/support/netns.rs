@@ -13,11 +13,12 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::os::unix::process::CommandExt as _;
+use std::panic::resume_unwind;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use nix::libc;
 use serde_json::Value;
 
@@ -40,7 +41,7 @@ impl Namespace {
             }
             File::open("/proc/thread-self/ns/net")
         });
-        let file = made.join().map_err(|_| anyhow!("a thread panicked"))?;
+        let file = made.join().unwrap_or_else(|panic| resume_unwind(panic));
         let file = file.context("cannot make a network namespace; run as root")?;
         let namespace = Self(file);
         namespace.ip(&["link", "set", "lo", "up"])?;
@@ -75,7 +76,7 @@ impl Namespace {
                 }
                 Ok(work())
             });
-            let done = thread.join().map_err(|_| anyhow!("a thread panicked"))?;
+            let done = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
             done.context("cannot enter a network namespace")
         })
     }

@@ -237,11 +237,15 @@ impl Agent {
     /// # Errors
     /// It does not answer.
     pub fn requests(&self) -> Result<u64> {
-        Ok(sum(
-            &self.metrics()?,
-            "dragonfly_client_proxy_request_total",
-            "",
-        ))
+        self.count("dragonfly_client_proxy_request_total")
+    }
+
+    /// One of its counters, added up over all labels.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn count(&self, name: &str) -> Result<u64> {
+        Ok(sum(&self.metrics()?, name, ""))
     }
 
     /// All counters, in Prometheus' text format.
