@@ -3,7 +3,7 @@ SHELL := /bin/bash
 # The Rust installer puts cargo here; a shell that was open before does not know it yet.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: help install build demo test test-containerd2 soak bench docs clean
+.PHONY: help install build demo test test-containerd2 dragonfly test-p2p soak bench docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,18 @@ test: ## Check format and lints, run all tests (as root)
 test-containerd2: install ## Run the tests with containerd again, with a current one built by Go
 	programs=$$(misc/containerd2.sh) && PATH="$$programs:$$PATH" \
 	  cargo test --locked --workspace --test containerd
+
+dragonfly: install ## Build a real Dragonfly (20 minutes, once) and say how to start a cluster
+	@programs=$$(misc/dragonfly/install.sh) && \
+	  echo "Dragonfly is in $$programs/bin: scheduler $$(cat $$programs/bin/scheduler.version)," \
+	    "dfdaemon $$(cat $$programs/bin/dfdaemon.version)" && \
+	  echo "misc/dragonfly/cluster.sh start    a cluster on 127.0.0.1: scheduler, seed, node" && \
+	  echo "misc/dragonfly/cluster.sh status   what it has sent, and from where" && \
+	  echo "misc/dragonfly/cluster.sh stop     ends it" && \
+	  echo "docs/dragonfly.md says how nydusd uses it; make test-p2p tests it"
+
+test-p2p: install ## Run the tests with a real Dragonfly (as root)
+	@misc/test-p2p.sh
 
 soak: install ## Run the long versions of randomised tests, as root; SEED=n repeats a run of readers
 	CACHE_CUTS=200 cargo test --locked --workspace --test crash

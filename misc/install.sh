@@ -13,6 +13,7 @@ packages=(
   apache2-utils openssl                # htpasswd, and keys for a registry's token server
   erofs-utils                          # fsck.erofs and dump.erofs judge our metadata
   containerd runc procps               # containers that start from our images; pgrep
+  iproute2                             # networks of their own for the tests: ip, tc
   cryptsetup-bin                       # veritysetup judges exported disks
   cmake perl pkg-config libssl-dev     # what the second reader in tests/oracle is built with
   attr acl tar gzip xz-utils zstd      # the trees and archives that the tests make

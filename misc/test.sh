@@ -33,6 +33,12 @@ format() {
   cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 }
 
+# The tests with Dragonfly are no part of "all targets": `make test-p2p` runs them.
+lint() {
+  cargo clippy --locked --workspace --all-targets -- -D warnings
+  cargo clippy --locked --workspace --test p2p -- -D warnings
+}
+
 # Published crates of another implementation as second reader and builder. The lock file
 # pins what it knows; a dependency that the product gained since is added, not refused.
 oracle() {
@@ -41,7 +47,7 @@ oracle() {
 
 stage install misc/install.sh
 stage format format
-stage lint cargo clippy --locked --workspace --all-targets -- -D warnings
+stage lint lint
 stage docs env RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps
 stage build cargo build --locked --workspace --all-targets
 # The programs just built: without this, the end-to-end tests would build them once more,

@@ -11,6 +11,7 @@
 //! - [`nginx`], [`object_store`]: a real web server, and a real S3-compatible one
 //! - [`proxy`], [`proxy::chaos`]: an HTTP proxy that misbehaves as told, or by chance
 //! - [`blob`]: one blob, and what it must read as
+//! - [`netns`], [`dragonfly`]: machines on a network of their own, and a real Dragonfly there
 //! - [`relay`]: a slower, longer link in front of a server
 //! - [`tree`]: describe a directory tree, and make a nasty one
 //! - [`image`]: layers and OCI layouts from trees
@@ -29,11 +30,13 @@ pub mod blob;
 pub mod command;
 pub mod containerd;
 pub mod cri;
+pub mod dragonfly;
 pub mod expand;
 pub mod fixtures;
 pub mod image;
 pub mod matrix;
 pub mod mount;
+pub mod netns;
 pub mod nginx;
 pub mod notify;
 pub mod object_store;

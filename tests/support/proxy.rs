@@ -102,7 +102,15 @@ impl Proxy {
     /// # Errors
     /// There is no free port.
     pub fn start(upstream: &str) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        Self::start_at(Ipv4Addr::LOCALHOST, upstream)
+    }
+
+    /// The same on another address of the machine that the calling thread is on.
+    ///
+    /// # Errors
+    /// It has no such address, or no free port.
+    pub fn start_at(address: Ipv4Addr, upstream: &str) -> Result<Self> {
+        let listener = TcpListener::bind((address, 0))?;
         let host = listener.local_addr()?.to_string();
         let state = Arc::new(Mutex::new(State::default()));
         let (shared, upstream) = (Arc::clone(&state), upstream.to_owned());
@@ -116,7 +124,7 @@ impl Proxy {
         Ok(Self { host, state })
     }
 
-    /// `127.0.0.1:port`.
+    /// Where it listens, as `address:port`.
     #[must_use]
     pub fn host(&self) -> &str {
         &self.host

@@ -1,10 +1,12 @@
-//! A real registry: Debian's `docker-registry`, on loopback, with its storage in
-//! a temporary directory, open to all or asking for credentials.
+//! A real registry: Debian's `docker-registry`, on loopback or on a machine of a test's
+//! network, with its storage in a temporary directory, open to all, asking for
+//! credentials, or fetching from another registry what it does not have.
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use base64::Engine as _;
@@ -13,6 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::command::succeed;
+use crate::netns::Machine;
 use crate::process::Process;
 use crate::tokens::TokenServer;
 
@@ -20,6 +23,8 @@ use crate::tokens::TokenServer;
 pub const USER: &str = "someone";
 /// And with what word.
 pub const PASSWORD: &str = "p4ss:w0rd";
+/// Where it listens on a machine of its own.
+const PORT: u16 = 5000;
 
 /// How a registry checks who is there.
 #[derive(Debug)]
@@ -40,6 +45,8 @@ pub struct Registry {
     starts: u32,
     host: String,
     auth: Auth,
+    /// Where it runs, unless that is this machine.
+    machine: Option<Arc<Machine>>,
     // Dropped after the process that writes into it.
     scratch: TempDir,
 }
@@ -68,14 +75,15 @@ impl Registry {
         let mut attempts = 0;
         loop {
             let host = format!("127.0.0.1:{}", free_port()?);
-            let config = configuration(scratch.path(), &host, &auth)?;
-            match serve(&config, &host, &scratch.path().join("log")) {
+            let config = configuration(scratch.path(), &host, &auth, None)?;
+            match serve(&config, None, &scratch.path().join("log")) {
                 Ok(process) => {
                     return Ok(Self {
                         process: Some(process),
                         starts: 1,
                         host,
                         auth,
+                        machine: None,
                         scratch,
                     });
                 }
@@ -83,6 +91,26 @@ impl Registry {
                 Err(_) => attempts += 1,
             }
         }
+    }
+
+    /// Starts a registry on `machine`, open to all; with `remote` (`http://…`) one that
+    /// takes no pushes and fetches from there what it does not have.
+    ///
+    /// # Errors
+    /// As [`Registry::start`].
+    pub fn start_on(machine: &Arc<Machine>, remote: Option<&str>) -> Result<Self> {
+        let scratch = tempfile::tempdir()?;
+        let host = format!("{}:{PORT}", machine.address());
+        let config = configuration(scratch.path(), &host, &Auth::Open, remote)?;
+        let process = serve(&config, Some(machine), &scratch.path().join("log"))?;
+        Ok(Self {
+            process: Some(process),
+            starts: 1,
+            host,
+            auth: Auth::Open,
+            machine: Some(Arc::clone(machine)),
+            scratch,
+        })
     }
 
     /// Ends it at once. What was pushed stays.
@@ -104,7 +132,7 @@ impl Registry {
         self.starts += 1;
         let log = self.scratch.path().join(format!("log-{}", self.starts));
         let config = self.scratch.path().join("config.yml");
-        self.process = Some(serve(&config, &self.host, &log)?);
+        self.process = Some(serve(&config, self.machine.as_deref(), &log)?);
         Ok(())
     }
 
@@ -180,7 +208,7 @@ impl Registry {
     /// # Errors
     /// The registry refuses.
     pub fn push(&self, layout: &Path, tag: &str, name: &str) -> Result<()> {
-        let mut skopeo = skopeo("copy");
+        let mut skopeo = self.skopeo("copy");
         skopeo.args(["--all", "--dest-tls-verify=false"]);
         skopeo.arg(format!("oci:{}:{tag}", layout.display()));
         skopeo.arg(format!("docker://{}", self.reference(name)));
@@ -193,7 +221,7 @@ impl Registry {
     /// # Errors
     /// The registry refuses, or a digest does not match.
     pub fn pull(&self, name: &str, layout: &Path) -> Result<()> {
-        let mut skopeo = skopeo("copy");
+        let mut skopeo = self.skopeo("copy");
         skopeo.args(["--all", "--src-tls-verify=false"]);
         skopeo.arg(format!("docker://{}", self.reference(name)));
         skopeo.arg(format!("oci:{}:pulled", layout.display()));
@@ -206,7 +234,7 @@ impl Registry {
     /// # Errors
     /// It is not there.
     pub fn manifest(&self, name: &str) -> Result<String> {
-        let mut skopeo = skopeo("inspect");
+        let mut skopeo = self.skopeo("inspect");
         skopeo.args(["--raw", "--tls-verify=false"]);
         skopeo.arg(format!("docker://{}", self.reference(name)));
         Ok(succeed(self.authorise(&mut skopeo)?)?.stdout)
@@ -229,7 +257,7 @@ impl Registry {
         let hex = digest.split_whitespace().next().unwrap_or_default();
         let digest = format!("sha256:{hex}");
         let curl = || {
-            let mut curl = Command::new("curl");
+            let mut curl = self.command("curl");
             curl.args([
                 "-sS",
                 "--fail-with-body",
@@ -259,7 +287,7 @@ impl Registry {
         let (repository, tag) = name.split_once(':').context("no tag")?;
         let kind = manifest["mediaType"].as_str();
         let kind = kind.unwrap_or("application/vnd.oci.image.manifest.v1+json");
-        let mut put = Command::new("curl");
+        let mut put = self.command("curl");
         put.args(["-sS", "--fail-with-body", "-X", "PUT"]);
         put.args(["-u", &format!("{USER}:{PASSWORD}")]);
         put.args(["-H", &format!("Content-Type: {kind}")]);
@@ -292,6 +320,21 @@ impl Registry {
         Ok(file)
     }
 
+    /// A command that runs where the registry does.
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        match &self.machine {
+            Some(machine) => machine.command(program),
+            None => Command::new(program),
+        }
+    }
+
+    fn skopeo(&self, verb: &str) -> Command {
+        let mut command = self.command("skopeo");
+        command.args(["--insecure-policy", verb]);
+        command
+    }
+
     fn authorise<'c>(&self, skopeo: &'c mut Command) -> Result<&'c mut Command> {
         let directory = self.docker_config(&self.host)?;
         Ok(skopeo.arg("--authfile").arg(directory.join("config.json")))
@@ -299,17 +342,14 @@ impl Registry {
 }
 
 /// Starts the program.
-fn serve(config: &Path, host: &str, log: &Path) -> Result<Process> {
+fn serve(config: &Path, machine: Option<&Machine>, log: &Path) -> Result<Process> {
     let mut command = Command::new("docker-registry");
+    if let Some(machine) = machine {
+        machine.enter(&mut command);
+    }
     let mut process = Process::start(command.arg("serve").arg(config), log)?;
-    process.wait_until(|_| TcpStream::connect(host).is_ok())?;
+    process.wait_until(|process| process.log().contains("listening on "))?;
     Ok(process)
-}
-
-fn skopeo(verb: &str) -> Command {
-    let mut command = Command::new("skopeo");
-    command.args(["--insecure-policy", verb]);
-    command
 }
 
 /// A loopback port that nobody listens on at this moment.
@@ -323,7 +363,7 @@ pub fn free_port() -> Result<u16> {
 }
 
 /// Writes the configuration file; returns its path.
-fn configuration(scratch: &Path, host: &str, auth: &Auth) -> Result<PathBuf> {
+fn configuration(scratch: &Path, host: &str, auth: &Auth, remote: Option<&str>) -> Result<PathBuf> {
     let mut config = json!({
         "version": "0.1",
         "log": {"level": "info"},
@@ -333,6 +373,9 @@ fn configuration(scratch: &Path, host: &str, auth: &Auth) -> Result<PathBuf> {
         },
         "http": {"addr": host, "secret": "of a test"},
     });
+    if let Some(remote) = remote {
+        config["proxy"] = json!({"remoteurl": remote});
+    }
     match auth {
         Auth::Open => {}
         Auth::Basic => {

@@ -1,0 +1,133 @@
+//! The same image read on one node and on four: Dragonfly keeps the origin's bytes what
+//! they are for one, and later nodes are no slower than the first.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use support::dragonfly::node::{Image, Node, Route};
+use support::dragonfly::{Cluster, Options};
+
+use crate::alone;
+use crate::content::{Tree, compare, say};
+
+/// What the origin can send.
+const MBIT: u32 = 50;
+/// Files that are read, of 512 KiB each: a third of the image.
+const FILES: usize = 24;
+const SIZE: usize = 512 << 10;
+
+/// What reading on some nodes cost.
+#[derive(Debug)]
+struct Cost {
+    /// Bytes that left the origin.
+    origin: u64,
+    /// How long each node took.
+    times: Vec<Duration>,
+}
+
+/// When nodes begin.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order {
+    InTurn,
+    AtOnce,
+}
+
+struct Stage {
+    cluster: Cluster,
+    images: usize,
+}
+
+impl Stage {
+    /// A new image: whatever was cached of others is of no use for it.
+    fn image(&mut self) -> Image {
+        self.images += 1;
+        let name = format!("image-{}", self.images);
+        let tree = Tree::new(self.cluster.path(&name), FILES * 3, SIZE, self.images);
+        self.cluster.publish(&name, &tree.root, &[]).unwrap()
+    }
+
+    /// Reads a new image on the first `nodes` nodes.
+    fn read(&mut self, nodes: usize, order: Order, route: &Route) -> Cost {
+        let image = self.image();
+        let before = self.cluster.origin.sent().unwrap();
+        let nodes = &self.cluster.nodes[..nodes];
+        let times = match order {
+            Order::InTurn => nodes
+                .iter()
+                .map(|node| start(node, &image, route))
+                .collect(),
+            Order::AtOnce => thread::scope(|scope| {
+                let threads: Vec<_> = nodes
+                    .iter()
+                    .map(|node| scope.spawn(|| start(node, &image, route)))
+                    .collect();
+                threads.into_iter().map(|t| t.join().unwrap()).collect()
+            }),
+        };
+        let origin = self.cluster.origin.sent().unwrap() - before;
+        let cost = Cost { origin, times };
+        let count = nodes.len();
+        say(format_args!("{count} nodes {order:?} {route:?}: {cost:?}"));
+        std::fs::remove_dir_all(&image.source).unwrap();
+        cost
+    }
+}
+
+/// Mounts the image from nothing and reads a third of it.
+fn start(node: &Node, image: &Image, route: &Route) -> Duration {
+    let began = Instant::now();
+    let mounted = node.client.mount(image, route).unwrap();
+    compare_all(&image.source, mounted.point());
+    let took = began.elapsed();
+    mounted.stop().unwrap();
+    took
+}
+
+fn compare_all(source: &Path, mount: &Path) {
+    compare(source, mount, 0..FILES).unwrap();
+}
+
+fn at_most(bytes: u64, factor: u64, percent: u64, of: u64) -> bool {
+    bytes * 100 <= of * factor * percent
+}
+
+#[test]
+fn four_nodes_cost_the_origin_what_one_does() {
+    let _alone = alone();
+    let options = Options {
+        nodes: 4,
+        seed: true,
+        origin_mbit: MBIT,
+        ..Options::default()
+    };
+    let cluster = Cluster::start(&options).unwrap();
+    let mut stage = Stage { cluster, images: 0 };
+    let (direct, ours) = (Route::Direct, Route::dragonfly());
+    let payload = (FILES * SIZE) as u64;
+
+    let one = stage.read(1, Order::InTurn, &direct);
+    let four = stage.read(4, Order::AtOnce, &direct);
+    // What the measure is worth: without peers each node costs as much as the first.
+    assert!(one.origin >= payload, "{one:?}");
+    assert!(four.origin >= 4 * payload, "{four:?}");
+
+    let one = stage.read(1, Order::InTurn, &ours);
+    assert!(one.origin >= payload, "{one:?}");
+    for order in [Order::InTurn, Order::AtOnce] {
+        for nodes in [2, 4] {
+            let many = stage.read(nodes, order, &ours);
+            assert!(
+                at_most(many.origin, 1, 115, one.origin),
+                "{nodes} nodes {order:?} cost the origin {many:?}, one node {one:?}"
+            );
+            if order == Order::InTurn {
+                let slower = many.times[1..].iter().filter(|time| **time > many.times[0]);
+                assert_eq!(slower.count(), 0, "later nodes were slower: {many:?}");
+            }
+        }
+    }
+
+    // Beside it, for whoever reads the output: small ranges by-pass peers unless asked not to.
+    stage.read(4, Order::AtOnce, &Route::dragonfly_as_is());
+}

@@ -1,0 +1,235 @@
+//! Images in a registry, and machines on which `nydusd` mounts them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::agent::{Agent, HEALTH_PORT, PROXY_PORT};
+use crate::binaries::{nydus_image, nydusd};
+use crate::command::succeed;
+use crate::mount::Nydusd;
+use crate::netns::Machine;
+use crate::registry::Registry;
+
+/// An image in the registry.
+#[derive(Clone, Debug)]
+pub struct Image {
+    host: String,
+    repository: String,
+    bootstrap: PathBuf,
+    /// Its only blob, as `sha256:…`.
+    pub digest: String,
+    /// What a mount of it shows.
+    pub source: PathBuf,
+    /// Bytes of the blob.
+    pub size: u64,
+}
+
+impl Image {
+    /// Builds the image of the tree `source` below the directory `scratch`, and pushes
+    /// its blob.
+    ///
+    /// # Errors
+    /// It does not build, or the registry refuses.
+    pub fn publish(
+        registry: &Registry,
+        scratch: &Path,
+        name: &str,
+        source: &Path,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let repository = format!("p2p/{name}");
+        let bootstrap = scratch.join(format!("{name}.boot"));
+        let blobs = scratch.join(format!("{name}.blobs"));
+        fs::create_dir_all(&blobs)?;
+        let mut create = nydus_image()?;
+        create
+            .args(["--log-level", "warn", "create"])
+            .args(arguments);
+        create.arg("--bootstrap").arg(&bootstrap);
+        succeed(create.arg("--blob-dir").arg(&blobs).arg(source))?;
+        let entry = fs::read_dir(&blobs)?
+            .next()
+            .context("no blob was built")??;
+        let size = entry.metadata()?.len();
+        let digest = registry.push_blob(&repository, &entry.path())?;
+        fs::remove_dir_all(blobs)?;
+        Ok(Self {
+            host: registry.host().to_owned(),
+            repository,
+            bootstrap,
+            digest,
+            source: source.to_owned(),
+            size,
+        })
+    }
+
+    /// Where the blob is at the registry and its mirrors.
+    #[must_use]
+    pub fn path(&self) -> String {
+        format!("/v2/{}/blobs/{}", self.repository, self.digest)
+    }
+
+    /// The registry's address, as `http://host:port`.
+    #[must_use]
+    pub fn origin(&self) -> String {
+        format!("http://{}", self.host)
+    }
+
+    /// The configuration of a `nydusd` that reads it by `route`.
+    fn configuration(&self, route: &Route, cache: &Path) -> Value {
+        let mut dragonfly = json!({"X-Dragonfly-Registry": self.origin()});
+        let mirror = match route {
+            Route::Direct => json!(null),
+            Route::Dragonfly(url) => {
+                dragonfly["X-Dragonfly-Scheduling-Policy"] = json!("always");
+                json!({"host": url, "headers": dragonfly})
+            }
+            Route::DragonflyAsIs(url) => json!({"host": url, "headers": dragonfly}),
+            Route::Mirror(url) => json!({"host": url}),
+        };
+        let mut mirrors = Vec::new();
+        if let Value::Object(mut mirror) = mirror {
+            if !matches!(route, Route::Mirror(_)) {
+                let ping = format!("http://127.0.0.1:{HEALTH_PORT}/healthy");
+                mirror.insert("ping_url".to_owned(), json!(ping));
+            }
+            mirror.insert("health_check_interval".to_owned(), json!(1));
+            mirrors.push(mirror);
+        }
+        json!({
+            "version": 2,
+            "id": self.repository,
+            "backend": {"type": "registry", "registry": {
+                "scheme": "http",
+                "host": self.host,
+                "repo": self.repository,
+                "mirrors": mirrors,
+            }},
+            "cache": {"type": "filecache", "filecache": {"work_dir": cache}},
+            "rafs": {"mode": "direct"},
+        })
+    }
+}
+
+/// How a node gets at blobs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// From the registry.
+    Direct,
+    /// Through an agent at this URL, asked so that ranges travel from peer to peer.
+    Dragonfly(String),
+    /// Through an agent at this URL, asked as any client of a mirror would.
+    DragonflyAsIs(String),
+    /// Through a mirror that is no agent, at this URL.
+    Mirror(String),
+}
+
+impl Route {
+    /// Through the node's own agent, asked so that ranges travel from peer to peer.
+    #[must_use]
+    pub fn dragonfly() -> Self {
+        Self::Dragonfly(format!("http://127.0.0.1:{PROXY_PORT}"))
+    }
+
+    /// Through the node's own agent, asked as any client of a mirror would.
+    #[must_use]
+    pub fn dragonfly_as_is() -> Self {
+        Self::DragonflyAsIs(format!("http://127.0.0.1:{PROXY_PORT}"))
+    }
+}
+
+/// A machine on which images are mounted.
+#[derive(Debug)]
+pub struct Client {
+    machine: Arc<Machine>,
+    directory: PathBuf,
+    mounts: AtomicU32,
+}
+
+impl Client {
+    /// With what it needs in the new directory `directory`.
+    ///
+    /// # Errors
+    /// The disk is full.
+    pub fn new(machine: Arc<Machine>, directory: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&directory)?;
+        Ok(Self {
+            machine,
+            directory,
+            mounts: AtomicU32::new(0),
+        })
+    }
+
+    /// Mounts `image` from an empty cache of its own.
+    ///
+    /// # Errors
+    /// The daemon does not start.
+    pub fn mount(&self, image: &Image, route: &Route) -> Result<Mounted> {
+        let number = self.mounts.fetch_add(1, Ordering::Relaxed);
+        let directory = self.directory.join(number.to_string());
+        let (point, cache) = (directory.join("mount"), directory.join("cache"));
+        fs::create_dir_all(&point)?;
+        let config = image.configuration(route, &cache);
+        let file = directory.join("config.json");
+        fs::write(&file, config.to_string())?;
+        let mut command = nydusd()?;
+        self.machine.enter(&mut command);
+        command.args(["--log-level", "debug", "--driver", "fuse"]);
+        command.arg("--config").arg(file);
+        command.arg("--bootstrap").arg(&image.bootstrap);
+        command.arg("--apisock").arg(directory.join("api.sock"));
+        command.arg("--mountpoint").arg(&point);
+        let daemon = Nydusd::start(&mut command, &point, &directory.join("log"))?;
+        Ok(Mounted { daemon, directory })
+    }
+}
+
+/// A machine with an agent, on which images are mounted.
+#[derive(Debug)]
+pub struct Node {
+    /// Its `dfdaemon`.
+    pub agent: Agent,
+    /// Its `nydusd`s.
+    pub client: Client,
+}
+
+/// An image mounted on a node.
+#[derive(Debug)]
+pub struct Mounted {
+    daemon: Nydusd,
+    directory: PathBuf,
+}
+
+impl Mounted {
+    /// The mount point.
+    #[must_use]
+    pub fn point(&self) -> &Path {
+        self.daemon.point()
+    }
+
+    /// What the daemon has logged.
+    pub fn log(&mut self) -> String {
+        self.daemon.process().log()
+    }
+
+    /// The control socket of the daemon.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("api.sock")
+    }
+
+    /// Unmounts it, and deletes its cache.
+    ///
+    /// # Errors
+    /// The daemon does not end well.
+    pub fn stop(self) -> Result<()> {
+        self.daemon.stop()?;
+        fs::remove_dir_all(self.directory)?;
+        Ok(())
+    }
+}
