@@ -156,6 +156,7 @@ impl ImageData {
             priority: Priority::OnDemand,
             served_by: None,
             direct: false,
+            blob_len: None,
         };
         fetch_to_vec(&*self.backend, &request, limit).map_err(|error| ReadError::Fetch {
             blob: blob.clone(),

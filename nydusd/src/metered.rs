@@ -187,6 +187,7 @@ mod tests {
             priority: Priority::OnDemand,
             served_by: None,
             direct: false,
+            blob_len: None,
         };
         let mut seen = 0;
         metered

@@ -44,6 +44,9 @@ pub struct Fetch<'a> {
     pub served_by: Option<&'a ServedBy>,
     /// Ask the source itself, by way of nobody else: what others delivered was wrong.
     pub direct: bool,
+    /// Length of the stored blob, as the image has it; it is the same for all who read
+    /// this image.
+    pub blob_len: Option<u64>,
 }
 
 /// The servers that delivered a fetch.

@@ -495,6 +495,7 @@ impl<'a> Filler<'a> {
             priority: request.priority,
             served_by: Some(&served_by),
             direct,
+            blob_len: Some(self.info.compressed_size),
         };
         let chunk = jobs
             .front()

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use storage::backend::registry::{
-    Dragonfly, Fallback, Mirror, Scheduling, Upstream, WhoFallsBack, WholeBlob,
+    Dragonfly, Fallback, Mirror, Scheduling, TASK_DISK, Tasks, Upstream, WhoFallsBack, WholeBlob,
 };
 
 use super::backend::{files, filled, seconds};
@@ -94,6 +94,7 @@ fn dragonfly(section: &mut Section<'_>) -> Result<Dragonfly, ConfigError> {
         "never" => WholeBlob::Never,
         _ => return Err(section.wrong("prefetch", "\"profile\", \"first-read\" or \"never\"")),
     };
+    let disk = section.number("task_disk", TASK_DISK, 0..=u64::MAX)?;
     let mut priority = |key| {
         let value = section.number(key, 6, 0..=6)?;
         Ok(u8::try_from(value).unwrap_or(6))
@@ -101,6 +102,8 @@ fn dragonfly(section: &mut Section<'_>) -> Result<Dragonfly, ConfigError> {
     Ok(Dragonfly {
         scheduling,
         whole_blob,
+        tasks: Tasks::Windows { disk },
+        seed: false,
         priority_on_demand: priority("priority_on_demand")?,
         priority_prefetch: priority("priority_prefetch")?,
         tag: filled(section, "tag")?.unwrap_or_default().to_owned(),
@@ -143,7 +146,10 @@ fn endpoint(
         seconds(table, "check_interval")?.unwrap_or(mirror.health_check_interval);
     let limit = table.number("failure_limit", u64::from(mirror.failure_limit), 1..=255)?;
     mirror.failure_limit = u32::try_from(limit).unwrap_or(mirror.failure_limit);
-    mirror.dragonfly = is_dragonfly.then(|| dragonfly.clone());
+    mirror.dragonfly = match is_dragonfly {
+        true => Some(of_endpoint(table, dragonfly.clone())?),
+        false => None,
+    };
     let registries = table.texts("registries")?;
     let Backend::Registry(registry) = backend else {
         return Ok(None);
@@ -159,6 +165,29 @@ fn endpoint(
     let is_ours = |name: &String| name == "*" || *name == registry.host;
     let wanted = registries.is_empty() || registries.iter().any(is_ours);
     Ok(wanted.then_some(mirror))
+}
+
+/// What differs between an agent of the node and a seed peer, which fetches for all: those
+/// who ask it share what it fetches in any case.
+fn of_endpoint(table: &mut Section<'_>, settings: Dragonfly) -> Result<Dragonfly, ConfigError> {
+    let seed = table.flag("seed", false)?;
+    let usual = if seed { "blob" } else { "window" };
+    let tasks = match table.text("tasks")?.unwrap_or(usual) {
+        "window" => settings.tasks,
+        "blob" => Tasks::Blobs,
+        _ => return Err(table.wrong("tasks", "\"window\" or \"blob\"")),
+    };
+    let scheduling = if seed {
+        Scheduling::Auto
+    } else {
+        settings.scheduling
+    };
+    Ok(Dragonfly {
+        seed,
+        tasks,
+        scheduling,
+        ..settings
+    })
 }
 
 fn address_of(registry: &Registry) -> String {

@@ -2,7 +2,7 @@
 
 use storage::backend::http_proxy::Address;
 use storage::backend::object::{Keys, Login, Store};
-use storage::backend::registry::{Upstream, WhoFallsBack, WholeBlob};
+use storage::backend::registry::{Scheduling, Tasks, Upstream, WhoFallsBack, WholeBlob};
 
 use super::*;
 
@@ -494,6 +494,7 @@ fn endpoints_of_a_network_of_nodes_come_before_mirrors() {
         "endpoint": [
             {"url": "http://127.0.0.1:4001", "ping_url": "http://127.0.0.1:4003/healthy"},
             {"url": "http://elsewhere", "registries": ["other.example"]},
+            {"url": "http://seed:4001", "seed": true},
             {"url": "http://spegel:5000", "kind": "generic", "upstream": "ns", "registries": ["*"]}]}"#;
     let (registry, warnings) = registry_of(&V1.replacen(r#""mode": "direct""#, p2p, 1));
     let urls: Vec<_> = registry
@@ -501,15 +502,26 @@ fn endpoints_of_a_network_of_nodes_come_before_mirrors() {
         .iter()
         .map(|mirror| mirror.url.as_str())
         .collect();
-    assert_eq!(urls[..2], ["http://127.0.0.1:4001", "http://spegel:5000"]);
-    assert_eq!(urls.len(), 3);
-    let (agent, generic) = (&registry.mirrors[0], &registry.mirrors[1]);
+    let expected = [
+        "http://127.0.0.1:4001",
+        "http://seed:4001",
+        "http://spegel:5000",
+    ];
+    assert_eq!(urls[..3], expected);
+    assert_eq!(urls.len(), 4);
+    let (agent, generic) = (&registry.mirrors[0], &registry.mirrors[2]);
+    let seed = registry.mirrors[1].dragonfly.as_ref().unwrap();
+    assert_eq!(
+        (seed.scheduling, seed.tasks),
+        (Scheduling::Auto, Tasks::Blobs)
+    );
     let upstream = format!("https://{}", registry.host);
     assert_eq!(
         agent.headers,
         [("X-Dragonfly-Registry".to_owned(), upstream)]
     );
     let dragonfly = agent.dragonfly.as_ref().unwrap();
+    assert_eq!(dragonfly.tasks, Tasks::default());
     assert_eq!(
         (dragonfly.tag.as_str(), dragonfly.whole_blob),
         ("t", WholeBlob::Never)

@@ -141,6 +141,7 @@ mod tests {
             priority: Priority::OnDemand,
             served_by: None,
             direct: false,
+            blob_len: None,
         };
         fetch_to_vec(backend, &request, 1 << 30)
     }

@@ -45,7 +45,7 @@ use std::fmt;
 
 pub use auth::{CredentialProvider, Credentials};
 pub use config::{ClientCertificate, Mirror, RegistryConfig, Scheme, Timeouts, Upstream};
-pub use dragonfly::{AgentFault, Dragonfly, PIECE, Scheduling, WholeBlob};
+pub use dragonfly::{AgentFault, Dragonfly, PIECE, Scheduling, TASK_DISK, Tasks, WholeBlob};
 pub use fallback::{Fallback, WhoFallsBack};
 pub use retry::RetryLimits;
 

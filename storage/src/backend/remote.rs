@@ -8,6 +8,7 @@ use std::future::Future;
 use tokio::runtime::Runtime;
 
 use super::bridge::{self, Vanished};
+use super::registry::hedge::Manner;
 use super::registry::transfer::{Source, transfer};
 use super::{BackendError, Fetch, Sink};
 use crate::blob_id::BlobId;
@@ -57,7 +58,7 @@ impl<S: Source> Remote<S> {
     ) -> Result<(), BackendError> {
         let (source, blob) = (Arc::clone(&self.source), request.blob.clone());
         let range = request.range.clone();
-        let manner = (request.priority, request.direct);
+        let manner = Manner::of(request);
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
             transfer(&source, &blob, range, manner, out).await;
         })

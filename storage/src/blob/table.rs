@@ -231,6 +231,8 @@ impl Source<'_> {
             priority: self.priority,
             served_by: Some(&self.served_by),
             direct: self.direct.get(),
+            // Not of the blob of data if the table has one of its own.
+            blob_len: (self.blob == self.info.id).then_some(self.info.compressed_size),
         };
         let (first, last) = self.fetched.get();
         let first = if last == 0 {

@@ -13,7 +13,7 @@ use super::config::Timeouts;
 use super::dragonfly::AgentFault;
 use super::endpoint::Endpoint;
 use super::health::Offence;
-use super::hedge::{Latency, Route, UNKNOWN};
+use super::hedge::{Latency, Manner, Route, UNKNOWN};
 use super::retry::{Attempts, Failure, Pause, RetryLimits};
 use super::transfer::{Source, stream};
 use crate::backend::bridge::Output;
@@ -73,8 +73,8 @@ impl Source for Client {
         out: &Output,
     ) -> Result<(), Failure> {
         let mut refusal = None;
-        if !route.direct {
-            for (number, mirror) in self.mirrors.iter().enumerate() {
+        if !route.manner.direct {
+            for (number, mirror) in self.in_order(blob, *at) {
                 if !mirror.is_well() || mirror.distrust.covers(blob, &(*at..end)) {
                     continue;
                 }
@@ -95,13 +95,14 @@ impl Source for Client {
         if !route.takes(self.mirrors.len()) {
             return Err(Failure::never(BackendError::Stopped));
         }
-        let allowed = !has_mirrors || route.direct || self.detour.is_open_to(route.priority);
+        let allowed =
+            !has_mirrors || route.manner.direct || self.detour.is_open_to(route.manner.priority);
         let failure = if allowed {
             if has_mirrors && !route.is_second() {
                 add(&self.metrics.fallbacks, 1);
                 self.detour.turn().await;
             }
-            let asked = (at.to_owned()..end, route.priority);
+            let asked = (at.to_owned()..end, route.manner);
             match self.attempt_at(&self.origin, blob, at, asked, out).await {
                 Ok(()) => return Ok(()),
                 Err(failure) => failure,
@@ -112,7 +113,7 @@ impl Source for Client {
                 source: refusal.map(Box::new),
             })
         };
-        if route.direct || matches!(failure.error, BackendError::Stopped) {
+        if route.manner.direct || matches!(failure.error, BackendError::Stopped) {
             return Err(failure);
         }
         self.ask_the_sick(blob, at, end, (route, out), failure)
@@ -181,7 +182,7 @@ impl Source for Client {
         if !mirror.is_some_and(Endpoint::is_dragonfly) {
             return self.latency.spend();
         }
-        self.detour.is_open_to(route.priority) && self.allowance.spend(len)
+        self.detour.is_open_to(route.manner.priority) && self.allowance.spend(len)
     }
 
     fn hopeless(&self, route: &Route) -> impl Future<Output = ()> + Send {
@@ -272,9 +273,42 @@ impl Client {
         Err(failure)
     }
 
+    /// Mirrors by number, in the order in which they are asked: seed peers take turns,
+    /// the others keep their places.
+    fn in_order(&self, blob: &BlobId, at: u64) -> Vec<(usize, &Endpoint)> {
+        let mut order: Vec<_> = self.mirrors.iter().enumerate().collect();
+        let is_seed = |(_, mirror): &(usize, &Endpoint)| mirror.rank(blob, at) != 0;
+        for group in order.chunk_by_mut(|a, b| is_seed(a) && is_seed(b)) {
+            group.sort_by_key(|(_, mirror)| mirror.rank(blob, at));
+        }
+        order
+    }
+
     async fn ask_mirror(
         &self,
         (number, mirror): (usize, &Endpoint),
+        blob: &BlobId,
+        at: &mut u64,
+        end: u64,
+        (route, out): (&Route, &Output),
+    ) -> Result<(), Failure> {
+        out.served_by().set_mirror(number);
+        while *at < end {
+            let window = mirror.window(route.manner, *at);
+            let stop = window.map_or(end, |window| window.end.min(end));
+            self.ask_for_window(mirror, blob, at, stop, (route, out))
+                .await?;
+        }
+        if let Some(health) = &mirror.health {
+            health.succeeded();
+        }
+        Ok(())
+    }
+
+    /// Asks for a range that does not go beyond what agents share as one thing.
+    async fn ask_for_window(
+        &self,
+        mirror: &Endpoint,
         blob: &BlobId,
         at: &mut u64,
         end: u64,
@@ -286,9 +320,8 @@ impl Client {
         };
         mirror.want_whole(blob, true);
         add(&self.metrics.mirror_requests, 1);
-        out.served_by().set_mirror(number);
         let start = *at;
-        let asked = (start..end, route.priority);
+        let asked = (start..end, route.manner);
         let result = self.attempt_at(mirror, blob, at, asked, out).await;
         let delivered = *at - start;
         add(&self.metrics.mirror_bytes, delivered);
@@ -299,9 +332,6 @@ impl Client {
         mirror.delivered(blob);
         if let Some(fetching) = alone {
             fetching.arrived();
-        }
-        if let Some(health) = &mirror.health {
-            health.succeeded();
         }
         Ok(())
     }
@@ -359,11 +389,11 @@ impl Client {
         endpoint: &Endpoint,
         blob: &BlobId,
         at: &mut u64,
-        (asked, priority): (std::ops::Range<u64>, Priority),
+        (asked, manner): (std::ops::Range<u64>, Manner),
         out: &Output,
     ) -> Result<(), Failure> {
         let (url, answer) = self
-            .open(endpoint, &Method::GET, blob, (asked.clone(), priority))
+            .open(endpoint, &Method::GET, blob, (asked.clone(), manner))
             .await?;
         let body = answer::body(&url, &answer, &asked, endpoint.max_skip)?;
         if body.skip > 0 && !endpoint.ignores_ranges.swap(true, Ordering::Relaxed) {
@@ -391,7 +421,12 @@ impl Client {
     }
 
     async fn size_at(&self, endpoint: &Endpoint, blob: &BlobId) -> Result<u64, Failure> {
-        let asked = |range| (range, Priority::OnDemand);
+        let manner = Manner {
+            priority: Priority::OnDemand,
+            direct: false,
+            blob_len: None,
+        };
+        let asked = |range| (range, manner);
         if !endpoint.refuses_head.load(Ordering::Relaxed) {
             let refused = match self.open(endpoint, &Method::HEAD, blob, asked(0..0)).await {
                 Ok((_, answer)) => match answer::total_size(&answer) {

@@ -3,6 +3,7 @@
 //! Each has its own headers, credentials, remembered redirects and habits.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::time::Duration;
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
@@ -13,14 +14,16 @@ use super::answer::sanitise;
 use super::auth::{Authenticator, Credentials};
 use super::config::{Mirror, RegistryConfig, Scheme, Timeouts, Upstream};
 use super::distrust::Distrust;
-use super::dragonfly::{Dragonfly, WholeBlob};
+use super::dragonfly::{Dragonfly, PIECE, WholeBlob};
 use super::health::{Health, Probe};
+use super::hedge::Manner;
 use super::pieces::Pieces;
 use super::redirects::Redirects;
 use super::tls::{Tls, http_client, is_loopback};
 use crate::backend::{BackendError, Priority};
 use crate::blob_id::BlobId;
 use crate::sync::{Arc, AtomicBool, Mutex, lock};
+use crate::{Digest, Digester};
 
 /// Most bytes that are read and thrown away from a registry that ignores ranges.
 const MAX_SKIP: u64 = 512 << 20;
@@ -212,12 +215,34 @@ impl Endpoint {
         self.dragonfly.is_some()
     }
 
+    /// The part of a blob that its agents share as one thing, if it is not all of it.
+    pub(super) fn window(&self, manner: Manner, at: u64) -> Option<Range<u64>> {
+        let tasks = self.dragonfly.as_ref()?.tasks;
+        tasks.window(manner.blob_len, at)
+    }
+
+    /// Where a seed peer comes among all, for a part of a blob: each has its own first
+    /// one, so that all seeds have something to do and none has everything.
+    pub(super) fn rank(&self, blob: &BlobId, at: u64) -> u64 {
+        if !self.dragonfly.as_ref().is_some_and(|it| it.seed) {
+            return 0;
+        }
+        let text = format!("{blob} {} {}", at / PIECE, self.base);
+        let digest = Digest::of(Digester::Sha256, text.as_bytes());
+        let first = digest.as_bytes().first_chunk::<8>().copied();
+        // Never 0: what has no rank of its own keeps its place.
+        u64::from_be_bytes(first.unwrap_or_default()) | 1
+    }
+
     /// Headers for a request to the server itself.
-    pub(super) fn headers_for(&self, blob: &BlobId, priority: Priority) -> HeaderMap {
+    pub(super) fn headers_for(&self, blob: &BlobId, manner: Manner, at: u64) -> HeaderMap {
         let mut headers = self.headers.clone();
         if let Some(dragonfly) = &self.dragonfly {
             let whole = lock(&self.whole).contains(blob);
-            add_missing(&mut headers, dragonfly.headers(priority, whole));
+            // A window that is fetched whole would be a whole blob.
+            let window = self.window(manner, at).filter(|_| !whole);
+            let more = dragonfly.headers(blob, manner.priority, whole, window.as_ref());
+            add_missing(&mut headers, more);
         }
         headers
     }
@@ -246,9 +271,14 @@ impl Endpoint {
 
     /// How to find out whether it is well; `None` for a blob that has no URL.
     pub(super) fn probe(&self, blob: &BlobId) -> Option<Probe> {
+        let manner = Manner {
+            priority: Priority::OnDemand,
+            direct: false,
+            blob_len: None,
+        };
         Some(Probe {
             http: self.http.clone(),
-            headers: self.headers_for(blob, Priority::OnDemand),
+            headers: self.headers_for(blob, manner, 0),
             url: self.blob_url(blob).ok()?,
             auth: Arc::clone(&self.auth),
             limit: self.patience,

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use super::retry::Failure;
 use super::transfer::Source;
 use crate::backend::bridge::Output;
-use crate::backend::{BackendError, Priority, ServedBy};
+use crate::backend::{BackendError, Fetch, Priority, ServedBy};
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
 use crate::metrics::add;
@@ -57,13 +57,29 @@ const ADVANCE: u32 = 2;
 /// Pieces of a body that wait to be passed on.
 const PIECES: usize = 2;
 
-/// Why bytes are wanted, and which of several servers to ask: they are numbered in the
-/// order of preference.
+/// Why bytes are wanted, and how.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::backend) struct Manner {
+    pub(super) priority: Priority,
+    /// Of the last server only.
+    pub(super) direct: bool,
+    pub(super) blob_len: Option<u64>,
+}
+
+impl Manner {
+    pub(in crate::backend) fn of(request: &Fetch<'_>) -> Self {
+        Self {
+            priority: request.priority,
+            direct: request.direct,
+            blob_len: request.blob_len,
+        }
+    }
+}
+
+/// Which of several servers to ask: they are numbered in the order of preference.
 #[derive(Debug)]
 pub(in crate::backend) struct Route {
-    pub(super) priority: Priority,
-    /// The last server only.
-    pub(super) direct: bool,
+    pub(super) manner: Manner,
     skip: usize,
     asked: AtomicUsize,
     /// Another request was faster: the servers beyond the one that is asked would be
@@ -72,10 +88,9 @@ pub(in crate::backend) struct Route {
 }
 
 impl Route {
-    pub(super) fn new(priority: Priority, direct: bool) -> Self {
+    pub(super) fn new(manner: Manner) -> Self {
         Self {
-            priority,
-            direct,
+            manner,
             skip: 0,
             asked: AtomicUsize::new(0),
             abandoned: AtomicBool::new(false),
@@ -105,7 +120,7 @@ impl Route {
     fn beyond(other: &Self) -> Self {
         Self {
             skip: other.asked() + 1,
-            ..Self::new(other.priority, other.direct)
+            ..Self::new(other.manner)
         }
     }
 }

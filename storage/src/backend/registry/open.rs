@@ -17,8 +17,9 @@ use super::answer::{public_name, sanitise, status_error, timed_out, transport};
 use super::auth::denied;
 use super::dragonfly::{self, AgentFault};
 use super::endpoint::Endpoint;
+use super::hedge::Manner;
 use super::retry::{Again, Failure};
-use crate::backend::{BackendError, Priority};
+use crate::backend::BackendError;
 use crate::blob_id::BlobId;
 use crate::metrics::add;
 
@@ -48,7 +49,7 @@ impl Client {
         endpoint: &Endpoint,
         method: &Method,
         blob: &BlobId,
-        (range, priority): (Range<u64>, Priority),
+        (range, manner): (Range<u64>, Manner),
     ) -> Result<(Url, Response), Failure> {
         // A signed URL is good for one method only.
         if method == Method::GET
@@ -63,7 +64,7 @@ impl Client {
         let asked = Asked {
             method,
             range: &range,
-            headers: endpoint.headers_for(blob, priority),
+            headers: endpoint.headers_for(blob, manner, range.start),
         };
         let (url, answer) = self.open_at(endpoint, home.clone(), &asked).await?;
         if method == Method::GET && url != home {

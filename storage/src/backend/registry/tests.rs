@@ -48,6 +48,7 @@ fn fetch(backend: &RegistryBackend, range: std::ops::Range<u64>) -> Result<Vec<u
         priority: Priority::OnDemand,
         served_by: None,
         direct: false,
+        blob_len: None,
     };
     fetch_to_vec(backend, &request, 1 << 30)
 }
@@ -500,6 +501,7 @@ fn the_receiver_may_stop() {
         priority: Priority::Prefetch,
         served_by: None,
         direct: false,
+        blob_len: None,
     };
     let mut pieces = 0;
     let result = backend.fetch(&request, &mut |_| {
@@ -574,6 +576,7 @@ fn the_receiver_may_stop_while_nothing_comes() {
         priority: Priority::Prefetch,
         served_by: None,
         direct: false,
+        blob_len: None,
     };
     let start = Instant::now();
     let result = backend.fetch(&request, &mut |piece| {

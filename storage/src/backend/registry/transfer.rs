@@ -10,7 +10,7 @@ use url::Url;
 
 use super::answer::{Body, public_name, timed_out, transport};
 use super::config::Timeouts;
-use super::hedge::{self, Latency, Route};
+use super::hedge::{self, Latency, Manner, Route};
 use super::retry::{Attempts, Failure, Pause, RetryLimits};
 use crate::backend::bridge::Output;
 use crate::backend::{BackendError, Priority};
@@ -86,13 +86,11 @@ pub(in crate::backend) trait Source: Send + Sync + 'static {
 }
 
 /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
-///
-/// * `direct`: not by way of others.
 pub(in crate::backend) async fn transfer<S: Source>(
     source: &Arc<S>,
     blob: &BlobId,
     range: Range<u64>,
-    (priority, direct): (Priority, bool),
+    manner: Manner,
     out: Output,
 ) {
     let len = range.end.saturating_sub(range.start);
@@ -107,8 +105,8 @@ pub(in crate::backend) async fn transfer<S: Source>(
                 source.pause().over(retry).await;
             }
             let before = at;
-            let route = Route::new(priority, direct);
-            let result = if priority == Priority::OnDemand {
+            let route = Route::new(manner);
+            let result = if manner.priority == Priority::OnDemand {
                 hedge::attempt(source, blob, &mut at, range.end, (route, &out)).await
             } else {
                 source.attempt(blob, &mut at, range.end, &route, &out).await

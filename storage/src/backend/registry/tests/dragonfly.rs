@@ -37,6 +37,7 @@ fn prefetch(backend: &RegistryBackend, range: std::ops::Range<u64>) -> Result<()
         priority: Priority::Prefetch,
         served_by: None,
         direct: false,
+        blob_len: None,
     };
     fetch_to_vec(backend, &request, 1 << 30).map(drop)
 }
@@ -143,6 +144,69 @@ fn whose_error_it_is_counts_and_not_its_status() {
         );
         assert_eq!(metrics.fallbacks.load(Ordering::Relaxed), 5);
     }
+}
+
+#[test]
+fn windows_of_a_blob_are_tasks_of_their_own() {
+    let piece = usize::try_from(PIECE).unwrap();
+    let long: Vec<u8> = (0..3 * piece).map(|i| i.to_le_bytes()[1]).collect();
+    let (sent, expected) = (long.clone(), long);
+    let server = Server::new(move |request, _| Reply::range(request, &sent));
+    let origin = good();
+    let backend = RegistryBackend::new(through(&origin, &server)).unwrap();
+    let request = Fetch {
+        blob: &blob(),
+        range: PIECE - 100..PIECE + 100,
+        priority: Priority::OnDemand,
+        served_by: None,
+        direct: false,
+        blob_len: Some(3 * PIECE),
+    };
+    let got = fetch_to_vec(&backend, &request, 1000).unwrap();
+    assert!(got == expected[piece - 100..piece + 100]);
+    let requests = server.requests();
+    let tasks = requests.iter().map(|request| {
+        let task = request.header("x-dragonfly-content-for-calculating-task-id");
+        (task.unwrap().to_owned(), request.range().len())
+    });
+    let task = |from: u64| format!("nydus {} {from}-{}", blob(), from + PIECE);
+    assert_eq!(
+        tasks.collect::<Vec<_>>(),
+        [(task(0), 100), (task(PIECE), 100)]
+    );
+    assert!(origin.requests().is_empty());
+}
+
+#[test]
+fn seeds_take_turns_and_stand_in_for_each_other() {
+    let part = |request: &super::server::Request, _| {
+        let range = request.range();
+        let text = format!("bytes {}-{}/1000000000", range.start, range.end - 1);
+        Reply::new(206, vec![7; range.len()]).with("content-range", &text)
+    };
+    let (origin, one, two) = (good(), Server::new(part), Server::new(part));
+    let mut settings = through(&origin, &one);
+    settings.mirrors.push(agent(&two));
+    for mirror in &mut settings.mirrors {
+        mirror.dragonfly.as_mut().unwrap().seed = true;
+    }
+    let backend = RegistryBackend::new(settings.clone()).unwrap();
+    let read = |backend: &RegistryBackend| {
+        for number in 0..20 {
+            let start = number * PIECE;
+            assert_eq!(fetch(backend, start..start + 5).unwrap(), [7; 5]);
+        }
+    };
+    read(&backend);
+    let counts = || [one.requests().len(), two.requests().len()];
+    let first = counts();
+    assert!(first.iter().all(|count| *count > 2), "{first:?}");
+    // The same pieces go to the same seeds, for every node.
+    read(&RegistryBackend::new(settings).unwrap());
+    assert_eq!(counts(), first.map(|count| 2 * count));
+    drop(two);
+    read(&backend);
+    assert!(origin.requests().is_empty());
 }
 
 #[test]
@@ -322,6 +386,7 @@ fn parts_that_were_wrong_are_not_asked_for_again() {
         priority: Priority::OnDemand,
         served_by: Some(&served_by),
         direct: false,
+        blob_len: None,
     };
     fetch_to_vec(&backend, &request, 1000).unwrap();
     assert!(served_by.is_second_hand());

@@ -207,6 +207,7 @@ fn what_nobody_waits_for_is_not_hedged() {
         priority: Priority::Prefetch,
         served_by: None,
         direct: false,
+        blob_len: None,
     };
     let start = Instant::now();
     fetch_to_vec(&backend, &request, 10).unwrap();
