@@ -368,6 +368,12 @@ pub(crate) struct MountOptions {
     )]
     pub bandwidth_limit: Option<u64>,
 
+    /// Ask this agent of a Dragonfly network before the registry, like
+    /// http://127.0.0.1:4001; what else can be said about it goes into section `p2p` of a
+    /// configuration file
+    #[arg(long, value_name = "url", value_parser = web_address)]
+    pub dragonfly: Option<String>,
+
     /// Threads that answer file system requests, with FUSE
     #[arg(
         long,
@@ -376,6 +382,13 @@ pub(crate) struct MountOptions {
         value_parser = clap::value_parser!(u16).range(1..=1024)
     )]
     pub fuse_threads: u16,
+}
+
+fn web_address(text: &str) -> Result<String, String> {
+    if text.starts_with("http://") || text.starts_with("https://") {
+        return Ok(text.to_owned());
+    }
+    Err("an address starts with http:// or https://".to_owned())
 }
 
 impl MountOptions {

@@ -23,7 +23,9 @@ use storage::backend::http_proxy::HttpProxyBackend;
 use storage::backend::local::LocalBackend;
 use storage::backend::localdisk::LocalDiskBackend;
 use storage::backend::object::ObjectBackend;
-use storage::backend::registry::{Credentials, RegistryBackend, RegistryConfig, Scheme};
+use storage::backend::registry::{
+    Credentials, Mirror, RegistryBackend, RegistryConfig, Scheme, WhoFallsBack,
+};
 use storage::blob::Blob;
 use storage::cache::{CacheDir, CacheError, Limits, Settings};
 use storage::gate;
@@ -195,11 +197,14 @@ fn registry(config: &config::Registry, metrics: Arc<Metrics>) -> anyhow::Result<
 
 /// The repository of an image reference as back end.
 ///
+/// * `agent`: of a Dragonfly network, to be asked first.
+///
 /// # Errors
 /// When the reference or the credentials cannot be used.
 pub(crate) fn registry_of(
     name: &RegistryRef,
     access: &Access,
+    agent: Option<&str>,
     metrics: Arc<Metrics>,
 ) -> anyhow::Result<Arc<dyn Backend>> {
     // The well-known name of this registry is not the name of its host.
@@ -212,6 +217,11 @@ pub(crate) fn registry_of(
     let plain = access.plain_http || name.is_loopback();
     settings.scheme = if plain { Scheme::Http } else { Scheme::Https };
     settings.auth = access.credentials.clone().unwrap_or_default();
+    if let Some(url) = agent {
+        let upstream = format!("{}://{host}", settings.scheme);
+        settings.mirrors.push(Mirror::dragonfly(url, &upstream));
+        settings.fallback.who = WhoFallsBack::OnDemand;
+    }
     if login_from_environment()?.is_none() {
         // Helpers hand out credentials that end while an image is mounted.
         settings.provider = Some(Arc::new(DockerConfig::new(&name.host)));

@@ -109,7 +109,7 @@ pub(crate) fn again(options: &MountOptions, bootstrap: PathBuf) -> anyhow::Resul
     Ok(Source {
         name: options.image.clone(),
         bootstrap,
-        backend: backend(&reference, &access, &metrics)?,
+        backend: backend(&reference, &access, options, &metrics)?,
         limits: options.limits(),
         metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
@@ -134,7 +134,7 @@ async fn find(
         plain_http: options.plain_http,
         credentials: credentials_of(reference).await?,
     };
-    let backend = backend(reference, &access, metrics)?;
+    let backend = backend(reference, &access, options, metrics)?;
     let bootstrap = match store.known(reference, platform) {
         Some(path) => path,
         None => pull(reference, platform, &access, store, &*backend).await?,
@@ -183,10 +183,12 @@ async fn credentials_of(reference: &ImageRef) -> anyhow::Result<Option<Credentia
 fn backend(
     reference: &ImageRef,
     access: &Access,
+    options: &MountOptions,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Arc<dyn Backend>> {
+    let agent = options.dragonfly.as_deref();
     match reference {
-        ImageRef::Registry(name) => mounts::registry_of(name, access, Arc::clone(metrics)),
+        ImageRef::Registry(name) => mounts::registry_of(name, access, agent, Arc::clone(metrics)),
         ImageRef::Layout(layout) => Ok(Arc::new(LocalBackend::new(vec![
             layout.dir.join("blobs/sha256"),
         ]))),

@@ -134,6 +134,22 @@ impl Mirror {
     }
 }
 
+impl Mirror {
+    /// An agent of a Dragonfly network with default settings.
+    ///
+    /// * `upstream`: the registry that it stands for, as `https://host`.
+    #[must_use]
+    pub fn dragonfly(url: &str, upstream: &str) -> Self {
+        Self {
+            headers: vec![("X-Dragonfly-Registry".to_owned(), upstream.to_owned())],
+            dragonfly: Some(Dragonfly::default()),
+            // It is on this machine or near it: what takes longer will not come.
+            connect_timeout: Some(Duration::from_secs(1)),
+            ..Self::new(url)
+        }
+    }
+}
+
 impl fmt::Debug for Mirror {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mirror")
