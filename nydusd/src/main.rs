@@ -358,11 +358,12 @@ fn first_mount(
             let Some((source, configured)) = described else {
                 let config = global.config.as_deref().map(mounts::load_config);
                 let configured = config.transpose()?.and_then(|config| config.driver);
+                let driver = options.driver.or(configured).unwrap_or(Choice::Fuse);
                 // Whether the kernel can serve an image is known when there is one.
-                if options.driver.or(configured) == Some(Choice::Erofs) {
-                    return mounts.open_directory(&mountpoint);
-                }
-                return mounts.mount_empty(&mountpoint, threads);
+                return match driver {
+                    Choice::Fuse => mounts.mount_empty(&mountpoint, threads),
+                    _ => mounts.open_directory(&mountpoint, Wish { driver, threads }),
+                };
             };
             let wish = Wish {
                 // Older clients know nothing of drivers, and expect this one.

@@ -113,7 +113,11 @@ fn a_walk_asks_for_directories_and_not_for_each_entry() {
     let source = scene.dir("source");
     let entries = 3000;
     for number in 0..entries {
-        fs::write(source.join(format!("a-name-of-some-length-{number:06}")), "").unwrap();
+        fs::write(
+            source.join(format!("a-name-of-some-length-{number:06}")),
+            "",
+        )
+        .unwrap();
     }
     let build = scene.create("image", &[], &source);
     let daemon = Controlled::start(&scene, |command| {

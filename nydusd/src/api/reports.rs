@@ -205,16 +205,15 @@ pub(super) fn debug(vfs: &Vfs, table: &Table) -> Value {
         .iter()
         .map(|wait| {
             let read = &wait.read;
-            let image = table.image_of(read.node);
-            let missing = image.map(|image| image.files.missing(read.node, read.offset, read.size));
+            let image = &wait.image;
+            let missing = image.files.missing(read.node, read.offset, read.size);
             let missing: Vec<Value> = missing
-                .unwrap_or_default()
                 .into_iter()
                 .map(|(blob, chunks)| json!({ "blob": blob, "chunks": chunks }))
                 .collect();
             json!({
-                "mountpoint": image.map(|image| &image.path),
-                "image": image.map(|image| &image.about.image),
+                "mountpoint": image.path,
+                "image": image.about.image,
                 "inode": read.node,
                 "offset": read.offset,
                 "size": read.size,

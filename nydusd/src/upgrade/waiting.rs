@@ -204,7 +204,8 @@ pub(crate) fn take_down(keeper: &Keeper) -> anyhow::Result<bool> {
     }
     for deposit in keeper.copies(|name| name.starts_with(MOUNT))?.values() {
         let saved = Saved::parse(&deposit.note)?;
-        if saved.directory {
+        // One that was replaced is not there any more.
+        if saved.directory || !saved.is_mounted() {
             continue;
         }
         let place = saved.mountpoint.display();
