@@ -8,7 +8,8 @@
 //! descriptors, starts another one ([`Holder`]); nobody notices.
 //!
 //! * [`process`]: what the keeper does;
-//! * [`channel`]: how the two talk, [`text`]: what is too long for that;
+//! * [`channel`]: how the two talk, [`rights`]: how descriptors come, [`text`]: what is
+//!   too long for that;
 //! * [`store`]: a third holder, where there is one;
 //! * [`group`]: what keeps a limit for the worker from the keeper;
 //! * `docs/crash-safety.md`: what each death costs, with the test that proves it.
@@ -19,6 +20,7 @@
 pub(crate) mod channel;
 mod group;
 pub(crate) mod process;
+pub(crate) mod rights;
 mod store;
 pub(crate) mod text;
 
