@@ -20,6 +20,7 @@ pub(crate) mod node;
 pub(crate) mod notify;
 pub(crate) mod read_only;
 pub(crate) mod session;
+pub(crate) mod teach;
 pub(crate) mod workers;
 
 use std::ffi::CStr;

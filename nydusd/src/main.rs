@@ -50,6 +50,7 @@ use clap::Parser as _;
 use api::{Api, Server};
 use cli::{Cli, FuseOptions, Global, Task};
 use driver::Choice;
+use fuse::teach;
 use keeper::channel::Channel;
 use keeper::{Deposit, Holder, Receiver, process};
 use logging::Logs;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
     }
     let done = match role.as_deref().and_then(OsStr::to_str) {
         Some(keeper::WORKER) => work(arguments).map(|()| 0),
+        Some(teach::OPENER) => open(&arguments).map(|()| 0),
         Some(_) => keep(arguments, true),
         None => keep(arguments, false),
     };
@@ -75,6 +77,12 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(err) => report(&err),
     }
+}
+
+/// Life as a process that opens and closes one file.
+fn open(arguments: &[OsString]) -> anyhow::Result<()> {
+    let path = arguments.get(1).context("no path")?;
+    Ok(teach::open(path)?)
 }
 
 /// Life as a keeper: of the process that a user started, or, with `successor`, of one

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -25,6 +26,7 @@ use storage::metrics::Metrics;
 use crate::fuse::node::Slot;
 use crate::fuse::notify;
 use crate::fuse::session::Session;
+use crate::fuse::teach::teach;
 use crate::keeper::{Deposit, Holder as Keeper};
 use crate::metered::Metered;
 use crate::mounts::{self, Opened, Source};
@@ -90,6 +92,8 @@ type Scopes = BTreeMap<String, BTreeMap<String, String>>;
 pub(crate) struct Manager {
     vfs: Arc<Vfs>,
     session: OnceLock<Arc<Session>>,
+    /// Whether the kernel has learned that files are closed without us.
+    taught: AtomicBool,
     /// Held while something changes.
     changing: Mutex<()>,
     scopes: Mutex<Scopes>,
@@ -324,7 +328,24 @@ impl Manager {
         if path != "/" {
             tracing::info!("{path}: mounted {}", source.name);
         }
+        if let Some(image) = self.vfs.table().image_at(path) {
+            self.teach(image);
+        }
         Ok(())
+    }
+
+    /// Has the kernel learn by a file of this image that closing files need not be
+    /// answered, unless it knows, or nothing is mounted yet.
+    pub(crate) fn teach(&self, image: &Mounted) {
+        if let Some(session) = self.session.get()
+            && !self.taught.load(Ordering::Relaxed)
+        {
+            let root = session
+                .mountpoint()
+                .join(image.path.trim_start_matches('/'));
+            let taught = teach(&root, image.files.image());
+            self.taught.store(taught, Ordering::Relaxed);
+        }
     }
 
     /// Leaves the table with the keeper: from now on it is what counts.

@@ -150,6 +150,11 @@ impl Session {
         (&self.device).write_all(&message)
     }
 
+    /// Where it is mounted.
+    pub(crate) fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
     /// The descriptor that requests are read from and replies written to.
     pub(crate) fn device(&self) -> &File {
         &self.device

@@ -22,6 +22,7 @@ use super::channel::{Channel, Message};
 use super::group::Groups;
 use super::store::{self, Store, Stored};
 use super::{Receiver, WORKER, send_deposit};
+use crate::fuse::teach::OPENER;
 use crate::mounts::saved::MOUNT;
 use crate::upgrade::OWNER;
 
@@ -398,5 +399,9 @@ fn lower_score() -> Option<String> {
 /// The role that the first argument names, if any, and the other arguments.
 pub(crate) fn role(arguments: &[OsString]) -> Option<&OsStr> {
     let word = arguments.get(1)?;
-    (word == super::WORKER || word == super::KEEPER).then_some(word.as_os_str())
+    let roles = [super::WORKER, super::KEEPER, OPENER];
+    roles
+        .iter()
+        .any(|role| word == role)
+        .then_some(word.as_os_str())
 }

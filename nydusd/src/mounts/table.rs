@@ -336,6 +336,9 @@ impl Mounts {
                 saved.phase = Phase::Served;
                 saved.device = number;
                 save(&saved)?;
+                if let Some(image) = self.manager.vfs().table().image_at("/") {
+                    self.manager.teach(image);
+                }
                 Ok((number, Serving::Fuse))
             });
         served.inspect_err(|_| {

@@ -20,6 +20,7 @@ use anyhow::ensure;
 use super::*;
 use crate::erofs::sys::{Detached, device_of};
 use crate::fuse::session::set_read_ahead;
+use crate::fuse::teach::teach;
 use crate::keeper::text;
 use crate::manager::{ManageError, normal};
 
@@ -221,6 +222,7 @@ impl Mounts {
             self.keeper.deposit(&name, saved.note()?, &files)
         };
         attach(&detached, &mut saved, posted.old.as_ref(), &save)?;
+        teach(plan.mountpoint, image.files.image());
         Ok((saved.device, Serving::Fuse))
     }
 
