@@ -4,10 +4,9 @@
 //! The number of kills per driver is `NYDUS_KILLS`, or [`KILLS`].
 
 use std::fs::{self, File};
-use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -311,25 +310,22 @@ fn a_reader_dies_without_an_answer() {
     let daemon = scene.start(command.arg(&build.blob_dir), &point);
     let open = point.join("first");
     // Holds the only descriptor that there ever was.
-    let mut reader = Command::new("tail")
-        .args(["-c", "1", "-f"])
-        .arg(&open)
-        .stdout(Stdio::piped())
-        .spawn()
+    let mut command = Command::new("tail");
+    command.args(["-c", "1", "-f"]).arg(&open);
+    let mut reader = Process::start(&mut command, &scene.path("reader.log")).unwrap();
+    reader
+        .wait_until(|reader| !reader.log().is_empty())
         .unwrap();
-    let mut said = [0];
-    let words = reader.stdout.as_mut().unwrap();
-    words.read_exact(&mut said).unwrap();
     // Nobody starts another worker now.
     signal(daemon.process_id(), Signal::SIGSTOP);
     let worker = daemon.worker().unwrap();
     signal(worker, Signal::SIGKILL);
     wait_until(|| !is_running(worker));
-    reader.kill().unwrap();
+    signal(reader.id(), Signal::SIGKILL);
     let began = Instant::now();
     let mut ended = None;
     while ended.is_none() && began.elapsed() < Duration::from_secs(10) {
-        ended = reader.try_wait().unwrap();
+        ended = reader.ended().unwrap();
         thread::sleep(Duration::from_millis(5));
     }
     signal(daemon.process_id(), Signal::SIGCONT);

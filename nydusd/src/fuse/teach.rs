@@ -99,17 +99,13 @@ fn a_file(image: &Image) -> Option<PathBuf> {
         // A damaged directory may have good neighbours.
         let _ = image.readdir(dir, 0, |entry| {
             let at = || path.join(OsStr::from_bytes(entry.name));
-            match entry.kind {
-                FileKind::File => {
-                    found = Some(at());
-                    return ControlFlow::Break(());
-                }
-                FileKind::Directory if entry.name != b"." && entry.name != b".." => {
-                    if next.len() < MAX_DIRECTORIES {
-                        next.push_back((entry.nid, at()));
-                    }
-                }
-                _ => {}
+            let is_dot = entry.name == b"." || entry.name == b"..";
+            if entry.kind == FileKind::File {
+                found = Some(at());
+                return ControlFlow::Break(());
+            }
+            if entry.kind == FileKind::Directory && !is_dot && next.len() < MAX_DIRECTORIES {
+                next.push_back((entry.nid, at()));
             }
             ControlFlow::Continue(())
         });

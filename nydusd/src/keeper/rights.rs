@@ -86,10 +86,12 @@ unsafe fn descriptors(message: &libc::msghdr) -> Vec<OwnedFd> {
             // SAFETY: the numbers follow the head.
             let first: *const RawFd = unsafe { libc::CMSG_DATA(head) }.cast();
             for index in 0..count {
-                // SAFETY: `count` of them lie there, and the kernel has just opened them
-                // for us.
-                let file = unsafe { OwnedFd::from_raw_fd(first.add(index).read_unaligned()) };
-                files.push(file);
+                // SAFETY: `count` of them lie there.
+                let number = unsafe { first.add(index) };
+                // SAFETY: as above; they need not be aligned.
+                let number = unsafe { number.read_unaligned() };
+                // SAFETY: the kernel has just opened it for us.
+                files.push(unsafe { OwnedFd::from_raw_fd(number) });
             }
         }
         // SAFETY: as above.
