@@ -207,6 +207,12 @@ impl Api {
     }
 }
 
+/// The configuration in the body of a mount, without secrets, as far as it can be read.
+fn shown(body: &[u8]) -> Option<Value> {
+    let body: MountBody = serde_json::from_slice(body).ok()?;
+    Some(Config::parse(&body.config).ok()?.shown())
+}
+
 /// The image that the body of a mount describes: one that was mounted before.
 ///
 /// # Errors

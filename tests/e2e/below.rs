@@ -342,7 +342,15 @@ fn auto_chooses_for_each_image_and_says_why() {
             line.daemon(line.last()).kill_worker();
             came_on();
             line.must_send(line.last());
-            line.upgrade();
+            line.start(true);
+            line.must_take_over(line.last());
+            // Listed, although it serves nothing yet.
+            let daemon = line.daemon(line.last());
+            let info = daemon.expect(200, "GET", "/api/v1/daemon", "");
+            let images = info["backend_collection"].as_object().unwrap();
+            assert_eq!(images.keys().collect::<Vec<_>>(), ["/daemon", "/kernel"]);
+            line.leave(line.last() - 1);
+            line.run(line.last());
             came_on();
         }
     });
