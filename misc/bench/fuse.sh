@@ -23,6 +23,8 @@ trap 'end_daemon; rm -rf "$scratch"' EXIT
 
 # start_daemon ARGUMENTS...: waits until it is ready.
 start_daemon() {
+  # Not the words of the one before.
+  : >"$scratch/log"
   "$BIN/nydusd" --mountpoint "$scratch/mount" "$@" 2>"$scratch/log" &
   daemon=$!
   until grep -q 'ready:' "$scratch/log"; do
