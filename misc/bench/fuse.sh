@@ -2,8 +2,9 @@
 # What a FUSE mount costs: walking it, mounting a large image, memory.
 #
 # Usage: [RUNS=5] [TREE=dir] [ENTRIES=1000000] misc/bench/fuse.sh        (as root)
-# Prints medians; judges nothing. Every walk finds and stats all of TREE with a cold
-# page cache; the large image has ENTRIES files, most of them empty.
+# Prints medians; judges nothing. Every walk finds and stats all of TREE with a cold page
+# cache, in the mount and where it was made from; the large image has ENTRIES files, most
+# of them empty.
 source "$(dirname "$0")/common.sh"
 
 ENTRIES=${ENTRIES:-1000000}
@@ -22,6 +23,8 @@ trap 'end_daemon; rm -rf "$scratch"' EXIT
 
 # start_daemon ARGUMENTS...: waits until it is ready.
 start_daemon() {
+  # Not the words of the one before.
+  : >"$scratch/log"
   "$BIN/nydusd" --mountpoint "$scratch/mount" "$@" 2>"$scratch/log" &
   daemon=$!
   until grep -q 'ready:' "$scratch/log"; do
@@ -30,12 +33,24 @@ start_daemon() {
   done
 }
 
+# Nothing is cached afterwards but what a walk itself is made of.
 drop_caches() {
   sync
   echo 3 >/proc/sys/vm/drop_caches
+  walk "$scratch/cache"
 }
 
-walk() { find "$1" -xdev -printf '%s %m\n' >/dev/null; }
+walk() { "${only[@]}" find "$1" -xdev -printf '%s %m\n' >/dev/null; }
+only=()
+
+# one_processor: for the daemon and for walks from now on.
+one_processor() {
+  local process
+  for process in "$daemon" $(pgrep -P "$daemon"); do
+    taskset -acp 0 "$process" >/dev/null
+  done
+  only=(taskset -c 0)
+}
 
 # Anonymous memory of the daemon, keeper and worker, in KiB.
 anonymous() {
@@ -50,15 +65,31 @@ entries=$(find "$TREE" -xdev | wc -l)
 start_daemon --bootstrap "$scratch/image.boot" --localfs-dir "$scratch/blobs"
 for _ in $(seq "$RUNS"); do
   drop_caches
+  seconds walk "$TREE" >>"$scratch/disk"
+  drop_caches
   seconds walk "$scratch/mount" >>"$scratch/walk"
 done
 find "$scratch/mount" -xdev -type f -print0 | xargs -0 -r cat >/dev/null
-printf '%-44s %10.2f us per entry of %d\n' 'find and stat, cold page cache' \
-  "$(awk -v s="$(median "$scratch/walk")" -v n="$entries" 'BEGIN { print s * 1e6 / n }')" "$entries"
+
+# walked WHAT FILE: the median of FILE, by entry and against the disk's.
+walked() {
+  printf '%-44s %10.2f us per entry of %d, %s of %s\n' "$1" \
+    "$(awk -v s="$(median "$2")" -v n="$entries" 'BEGIN { print s * 1e6 / n }')" "$entries" \
+    "$(ratio "$(median "$2")" "$(median "$scratch/disk")")" "$(stat -f -c %T "$TREE")"
+}
+walked 'find and stat, cold page cache' "$scratch/walk"
+walked 'the same tree on disk' "$scratch/disk"
 printf '%-44s %10d KiB\n' 'anonymous memory after reading everything' "$(anonymous)"
 # Idle threads end after 10 s, and give back what they had.
 sleep 12
 printf '%-44s %10d KiB\n' 'the same, idle' "$(anonymous)"
+one_processor
+for _ in $(seq "$RUNS"); do
+  drop_caches
+  seconds walk "$scratch/mount" >>"$scratch/walk-one"
+done
+walked 'find and stat on one processor' "$scratch/walk-one"
+only=()
 end_daemon
 
 # post PATH: mounts the image there.

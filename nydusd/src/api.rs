@@ -169,7 +169,7 @@ impl Api {
         }
     }
 
-    /// The mounts, if the kernel serves images below the daemon's directory.
+    /// The mounts, if images have one each below the daemon's directory.
     fn below(&self) -> Option<&Mounts> {
         let mounts = self.mounts.as_deref();
         mounts.filter(|mounts| mounts.directory().is_some())
@@ -193,8 +193,11 @@ impl Api {
         let origin = Origin::Api(text.to_vec());
         let done = if let Some(waiting) = self.life.waits() {
             waiting.post(mountpoint, &source, text, replace)
-        } else if let Some(mounts) = self.below().filter(|_| !replace) {
-            mounts.mount_below(mountpoint, &source, text)
+        } else if let Some(mounts) = self.below() {
+            match replace {
+                true => mounts.replace_below(mountpoint, &source, text),
+                false => mounts.mount_below(mountpoint, &source, text),
+            }
         } else if replace {
             self.manager.remount(mountpoint, &source, &origin)
         } else {
@@ -202,6 +205,12 @@ impl Api {
         };
         done.map(|()| Answer::Nothing).map_err(refused)
     }
+}
+
+/// The configuration in the body of a mount, without secrets, as far as it can be read.
+fn shown(body: &[u8]) -> Option<Value> {
+    let body: MountBody = serde_json::from_slice(body).ok()?;
+    Some(Config::parse(&body.config).ok()?.shown())
 }
 
 /// The image that the body of a mount describes: one that was mounted before.

@@ -293,8 +293,8 @@ pub(crate) struct FuseOptions {
     )]
     pub fuse_threads: Option<u16>,
 
-    /// What serves the mount: the kernel's EROFS, or FUSE; `auto` tries in that order. For
-    /// images of the control API `auto` means FUSE [default: fuse]
+    /// What serves the mount: the kernel's EROFS, or FUSE; `auto` tries in that order, for
+    /// each image of the control API by itself [default: fuse]
     #[arg(long, value_name = "driver")]
     pub driver: Option<Choice>,
 

@@ -141,12 +141,19 @@ fn name(signal: i32) -> &'static str {
 /// # Errors
 /// When one cannot be unmounted. Ending by signal or unmount is no error.
 pub(crate) fn serve(mounts: &Mounts, stop: &Stop) -> anyhow::Result<End> {
+    let mut asked = false;
     while !mounts.list().is_empty() {
         match stop.receiver.recv() {
-            Ok(Event::Signal(signal)) => take_down(mounts, stop, name(signal))?,
+            Ok(Event::Signal(signal)) => {
+                asked = true;
+                take_down(mounts, stop, name(signal))?;
+            }
             Ok(Event::Ended(ended)) => {
                 if let Some(mount) = mounts.forget(ended) {
                     tracing::info!("{} was unmounted", mount.mountpoint.display());
+                }
+                if asked {
+                    forget_directory(mounts);
                 }
             }
             Ok(Event::Leave) => {
@@ -191,9 +198,7 @@ fn take_down(mounts: &Mounts, stop: &Stop, cause: &str) -> anyhow::Result<()> {
     // The daemon's own directory is older than what is below it.
     for mount in mounts.list().into_iter().rev() {
         if mount.is_directory() {
-            if mounts.list().len() == 1 {
-                mounts.forget(Ended(mount.id));
-            }
+            forget_directory(mounts);
             continue;
         }
         let place = mount.mountpoint.display();
@@ -207,6 +212,15 @@ fn take_down(mounts: &Mounts, stop: &Stop, cause: &str) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Ends the daemon's own directory, if nothing is mounted below it any more.
+fn forget_directory(mounts: &Mounts) {
+    if let [last] = mounts.list().as_slice()
+        && last.is_directory()
+    {
+        mounts.forget(Ended(last.id));
+    }
 }
 
 /// Waits for the end of a mount that was unmounted here.

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::erofs::probe::probe;
 
 /// What the user asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Choice {
     /// The first of the others that works here.
     Auto,

@@ -22,7 +22,6 @@ pub(crate) mod probe;
 pub(crate) mod sys;
 
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -31,7 +30,7 @@ use storage::blob::Blob;
 
 use events::Watch;
 use place::Place;
-use sys::{EndWatch, FsContext};
+use sys::{Detached, EndWatch, FsContext};
 
 /// Longest value that `fsconfig(2)` takes, in bytes.
 const MAX_VALUE: usize = 255;
@@ -48,29 +47,37 @@ pub(crate) struct ErofsMount {
 }
 
 impl ErofsMount {
-    /// Mounts the image of `place` on `mountpoint`, an absolute path.
+    /// Mounts the image of `place` where nobody sees it yet.
     ///
     /// * `blobs`: one for each entry of the image's blob table, in its order, all of
-    ///   which are watched already.
+    ///   which are watched already;
+    /// * `mountpoint`: where it will be, an absolute path.
     ///
     /// # Errors
     /// When the kernel refuses, with its own words; nothing is left mounted, and the
     /// place is removed.
-    pub(crate) fn mount(
+    pub(crate) fn prepare(
         place: Place,
         blobs: Vec<Arc<Blob>>,
         watch: &Arc<Watch>,
         mountpoint: &Path,
-    ) -> anyhow::Result<Self> {
-        match mount(&place, &blobs, mountpoint) {
-            Ok((device, end)) => Ok(Self {
-                mountpoint: mountpoint.to_owned(),
-                device,
-                place,
-                blobs,
-                watch: Arc::clone(watch),
-                end,
-            }),
+    ) -> anyhow::Result<(Self, Detached)> {
+        let made = make(&place, &blobs).and_then(|detached| {
+            let end = EndWatch::new(&detached.path()).context("cannot watch for its end")?;
+            Ok((detached, end))
+        });
+        match made {
+            Ok((detached, end)) => {
+                let mount = Self {
+                    mountpoint: mountpoint.to_owned(),
+                    device: detached.device(),
+                    place,
+                    blobs,
+                    watch: Arc::clone(watch),
+                    end,
+                };
+                Ok((mount, detached))
+            }
             Err(error) => {
                 watch.remove(&blobs);
                 place.remove();
@@ -127,7 +134,7 @@ impl ErofsMount {
     }
 }
 
-fn mount(place: &Place, blobs: &[Arc<Blob>], mountpoint: &Path) -> anyhow::Result<(u64, EndWatch)> {
+fn make(place: &Place, blobs: &[Arc<Blob>]) -> anyhow::Result<Detached> {
     let files = FsContext::open(c"erofs").context("the kernel has no EROFS")?;
     let explained = |error: std::io::Error, what: &str| match files.explain() {
         words if words.is_empty() => anyhow!("{what}: {error}"),
@@ -149,20 +156,7 @@ fn mount(place: &Place, blobs: &[Arc<Blob>], mountpoint: &Path) -> anyhow::Resul
             .set(c"device", &path)
             .map_err(|error| explained(error, "blob refused"))?;
     }
-    let mount = files
+    files
         .mount()
-        .map_err(|error| explained(error, "EROFS refused the image"))?;
-    sys::attach(&mount, mountpoint)
-        .with_context(|| format!("cannot mount on {}", mountpoint.display()))?;
-    watch_end(mountpoint).inspect_err(|_| {
-        let _ = nix::mount::umount2(mountpoint, nix::mount::MntFlags::MNT_DETACH);
-    })
-}
-
-fn watch_end(mountpoint: &Path) -> anyhow::Result<(u64, EndWatch)> {
-    let root = std::fs::symlink_metadata(mountpoint)
-        .with_context(|| format!("cannot inspect {}", mountpoint.display()))?;
-    let end = EndWatch::new(mountpoint)
-        .with_context(|| format!("cannot watch {}", mountpoint.display()))?;
-    Ok((root.dev(), end))
+        .map_err(|error| explained(error, "EROFS refused the image"))
 }

@@ -20,6 +20,7 @@ pub(crate) mod node;
 pub(crate) mod notify;
 pub(crate) mod read_only;
 pub(crate) mod session;
+pub(crate) mod teach;
 pub(crate) mod workers;
 
 use std::ffi::CStr;
@@ -262,8 +263,9 @@ pub(crate) fn options() -> FsOptions {
             | FsOptions::ASYNC_DIO
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::MAX_PAGES
+            // Always, not where the kernel thinks fit: it would ask for each entry of what
+            // it had thought a mere listing, and attributes are at hand.
             | FsOptions::DO_READDIRPLUS
-            | FsOptions::READDIRPLUS_AUTO
             | FsOptions::CACHE_SYMLINKS
             | FsOptions::ZERO_MESSAGE_OPEN
             | FsOptions::ZERO_MESSAGE_OPENDIR

@@ -8,15 +8,19 @@
 //! descriptors, starts another one ([`Holder`]); nobody notices.
 //!
 //! * [`process`]: what the keeper does;
-//! * [`channel`]: how the two talk, [`text`]: what is too long for that;
+//! * [`channel`]: how the two talk, [`rights`]: how descriptors come, [`text`]: what is
+//!   too long for that;
 //! * [`store`]: a third holder, where there is one;
+//! * [`group`]: what keeps a limit for the worker from the keeper;
 //! * `docs/crash-safety.md`: what each death costs, with the test that proves it.
 //!
 //! The process that a user starts becomes the keeper; it lives as long as anything is
 //! mounted, and ends with the exit code of its worker.
 
 pub(crate) mod channel;
+mod group;
 pub(crate) mod process;
+pub(crate) mod rights;
 mod store;
 pub(crate) mod text;
 

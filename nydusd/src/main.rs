@@ -50,6 +50,7 @@ use clap::Parser as _;
 use api::{Api, Server};
 use cli::{Cli, FuseOptions, Global, Task};
 use driver::Choice;
+use fuse::teach;
 use keeper::channel::Channel;
 use keeper::{Deposit, Holder, Receiver, process};
 use logging::Logs;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
     }
     let done = match role.as_deref().and_then(OsStr::to_str) {
         Some(keeper::WORKER) => work(arguments).map(|()| 0),
+        Some(teach::OPENER) => open(&arguments).map(|()| 0),
         Some(_) => keep(arguments, true),
         None => keep(arguments, false),
     };
@@ -75,6 +77,12 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(err) => report(&err),
     }
+}
+
+/// Life as a process that opens and closes one file.
+fn open(arguments: &[OsString]) -> anyhow::Result<()> {
+    let path = arguments.get(1).context("no path")?;
+    Ok(teach::open(path)?)
 }
 
 /// Life as a keeper: of the process that a user started, or, with `successor`, of one
@@ -358,11 +366,12 @@ fn first_mount(
             let Some((source, configured)) = described else {
                 let config = global.config.as_deref().map(mounts::load_config);
                 let configured = config.transpose()?.and_then(|config| config.driver);
+                let driver = options.driver.or(configured).unwrap_or(Choice::Fuse);
                 // Whether the kernel can serve an image is known when there is one.
-                if options.driver.or(configured) == Some(Choice::Erofs) {
-                    return mounts.open_directory(&mountpoint);
-                }
-                return mounts.mount_empty(&mountpoint, threads);
+                return match driver {
+                    Choice::Fuse => mounts.mount_empty(&mountpoint, threads),
+                    _ => mounts.open_directory(&mountpoint, Wish { driver, threads }),
+                };
             };
             let wish = Wish {
                 // Older clients know nothing of drivers, and expect this one.

@@ -5,7 +5,7 @@
 //! knows about the path. Before it, what a successor of this process needs is left with
 //! the keeper ([`saved`]); [`Manager::recover`] is that successor's side.
 //!
-//! An image that the kernel itself serves is here, too, so that it can be asked about.
+//! An image that has a mount of its own is here, too, so that it can be asked about.
 
 pub(crate) mod saved;
 
@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -25,6 +26,7 @@ use storage::metrics::Metrics;
 use crate::fuse::node::Slot;
 use crate::fuse::notify;
 use crate::fuse::session::Session;
+use crate::fuse::teach::teach;
 use crate::keeper::{Deposit, Holder as Keeper};
 use crate::metered::Metered;
 use crate::mounts::{self, Opened, Source};
@@ -53,8 +55,8 @@ pub(crate) struct About {
     pub cache_dir: PathBuf,
     /// When it was mounted.
     pub mounted: Option<SystemTime>,
-    /// Whether the kernel serves it, and not the daemon's FUSE mount.
-    pub by_kernel: bool,
+    /// Whether it has a mount of its own, and is not in the daemon's FUSE mount.
+    pub own_mount: bool,
 }
 
 /// Why a change was refused.
@@ -75,11 +77,11 @@ pub(crate) enum ManageError {
         reason: &'static str,
     },
     /// It is not ours to change.
-    #[error("driver erofs serves this image: its mount cannot be changed, only be unmounted")]
-    ByKernel,
+    #[error("this image is the whole mount: it cannot be changed, only be unmounted")]
+    WholeMount,
     /// The image cannot be opened, or the daemon is full.
     #[error("{0:#}")]
-    Other(anyhow::Error),
+    Other(#[from] anyhow::Error),
 }
 
 /// Settings that were made at run time, by scope.
@@ -90,6 +92,8 @@ type Scopes = BTreeMap<String, BTreeMap<String, String>>;
 pub(crate) struct Manager {
     vfs: Arc<Vfs>,
     session: OnceLock<Arc<Session>>,
+    /// Whether the kernel has learned that files are closed without us.
+    taught: AtomicBool,
     /// Held while something changes.
     changing: Mutex<()>,
     scopes: Mutex<Scopes>,
@@ -187,29 +191,40 @@ impl Manager {
         self.put("/", source, opened, &Origin::CommandLine)
     }
 
-    /// Takes in an image that the kernel serves; returns its generation.
+    /// An image that gets a mount of its own, before that is made.
     ///
     /// * `path`: where it is below the daemon's mount point.
     ///
     /// # Errors
     /// There are too many images.
-    pub(crate) fn note(
+    pub(crate) fn prepare(
         &self,
         path: &str,
         source: &Source,
         opened: Opened,
-    ) -> Result<u64, ManageError> {
+    ) -> Result<Arc<Mounted>, ManageError> {
+        let (_, generation) = free_slot(&self.vfs.table(), path)?;
+        // Node numbers of such a mount are its own, and the same in every process.
+        let mut mounted = mounted(path, source, opened, Slot::FIRST, generation)?;
+        mounted.stamp = 0;
+        mounted.about.own_mount = true;
+        self.apply_scope(&mounted);
+        Ok(Arc::new(mounted))
+    }
+
+    /// Takes in an image of [`Manager::prepare`], in the place of the one on its path.
+    ///
+    /// # Errors
+    /// There are too many images.
+    pub(crate) fn note(&self, image: &Arc<Mounted>) -> Result<(), ManageError> {
         let _one = locked(&self.changing);
         let mut table = self.vfs.table().as_ref().clone();
-        let (slot, generation) = free_slot(&table, path)?;
-        let mut mounted = mounted(path, source, opened, slot, generation)?;
-        mounted.about.by_kernel = true;
-        self.apply_scope(&mounted);
+        let (slot, _) = free_slot(&table, &image.path)?;
         table
-            .put(slot, mounted)
+            .put(slot, Arc::clone(image))
             .map_err(|full| ManageError::Other(full.into()))?;
         self.vfs.set_table(table);
-        Ok(generation)
+        Ok(())
     }
 
     /// The generation of the image on a path.
@@ -218,7 +233,7 @@ impl Manager {
         table.image_at(path).map(|image| image.generation)
     }
 
-    /// Forgets an image that the kernel does not serve any more.
+    /// Forgets an image whose mount has ended.
     pub(crate) fn drop_note(&self, generation: u64) {
         let _one = locked(&self.changing);
         let mut table = self.vfs.table().as_ref().clone();
@@ -245,8 +260,8 @@ impl Manager {
         let _one = locked(&self.changing);
         let table = self.vfs.table();
         let old = table.image_at(&path).ok_or(ManageError::Absent)?;
-        if old.about.by_kernel {
-            return Err(ManageError::ByKernel);
+        if old.about.own_mount {
+            return Err(ManageError::WholeMount);
         }
         let mut forgotten = root_names(old);
         let opened = mounts::open(source, &self.shared).map_err(ManageError::Other)?;
@@ -270,8 +285,8 @@ impl Manager {
         let _one = locked(&self.changing);
         let mut table = self.vfs.table().as_ref().clone();
         let old = table.remove(&path).ok_or(ManageError::Absent)?;
-        if old.about.by_kernel {
-            return Err(ManageError::ByKernel);
+        if old.about.own_mount {
+            return Err(ManageError::WholeMount);
         }
         self.save(&table).map_err(ManageError::Other)?;
         self.vfs.set_table(table);
@@ -313,7 +328,24 @@ impl Manager {
         if path != "/" {
             tracing::info!("{path}: mounted {}", source.name);
         }
+        if let Some(image) = self.vfs.table().image_at(path) {
+            self.teach(image);
+        }
         Ok(())
+    }
+
+    /// Has the kernel learn by a file of this image that closing files need not be
+    /// answered, unless it knows, or nothing is mounted yet.
+    pub(crate) fn teach(&self, image: &Mounted) {
+        if let Some(session) = self.session.get()
+            && !self.taught.load(Ordering::Relaxed)
+        {
+            let root = session
+                .mountpoint()
+                .join(image.path.trim_start_matches('/'));
+            let taught = teach(&root, image.files.image());
+            self.taught.store(taught, Ordering::Relaxed);
+        }
     }
 
     /// Leaves the table with the keeper: from now on it is what counts.
@@ -321,7 +353,7 @@ impl Manager {
         let Some(keeper) = &self.keeper else {
             return Ok(());
         };
-        let ours = table.images().filter(|image| !image.about.by_kernel);
+        let ours = table.images().filter(|image| !image.about.own_mount);
         let saved = SavedTable::new(
             ours.map(|image| image.generation).collect(),
             table.counters(),
@@ -560,6 +592,7 @@ fn mounted(
         path: path.to_owned(),
         files,
         generation,
+        stamp: generation,
         stats: Default::default(),
         about,
     })

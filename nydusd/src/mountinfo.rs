@@ -5,9 +5,15 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::sys::stat::makedev;
+
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
+    /// Number of the mount.
+    id: u64,
+    /// Number of the mount that it is on.
+    parent: u64,
     /// `major:minor` of the file system, as `stat` shows it.
     pub device: (u32, u32),
     /// Where it is mounted, as seen from the process's root.
@@ -29,11 +35,36 @@ pub(crate) fn of(process: &str) -> io::Result<Vec<Entry>> {
     Ok(parse(&table))
 }
 
-/// The mount that is visible at `mountpoint`: the last one made there.
+impl Entry {
+    /// `device` as one number, as `stat` shows it.
+    pub(crate) fn device_number(&self) -> u64 {
+        makedev(self.device.0.into(), self.device.1.into())
+    }
+}
+
+/// The mount that is visible at `mountpoint`: the one on top.
 pub(crate) fn at(mountpoint: &Path) -> Option<Entry> {
-    let mut entries = of("self").ok()?;
+    stack(mountpoint).pop()
+}
+
+/// The mounts at `mountpoint`, the one on top last. One that was made later may be
+/// below: mounts can be slid beneath others.
+pub(crate) fn stack(mountpoint: &Path) -> Vec<Entry> {
+    let mut entries = of("self").unwrap_or_default();
     entries.retain(|entry| entry.mountpoint == mountpoint);
-    entries.pop()
+    in_order(entries)
+}
+
+/// From the lowest to the one on top.
+fn in_order(mut entries: Vec<Entry>) -> Vec<Entry> {
+    let mut ordered = Vec::new();
+    while !entries.is_empty() {
+        let above = |entry: &Entry| entries.iter().any(|other| other.id == entry.parent);
+        // A table that goes round in circles is none of the kernel's.
+        let lowest = entries.iter().position(|entry| !above(entry)).unwrap_or(0);
+        ordered.push(entries.remove(lowest));
+    }
+    ordered
 }
 
 fn parse(table: &[u8]) -> Vec<Entry> {
@@ -46,12 +77,16 @@ fn parse(table: &[u8]) -> Vec<Entry> {
 /// `id parent major:minor root mountpoint options [tags] - type source options`
 fn parse_line(line: &[u8]) -> Option<Entry> {
     let mut fields = line.split(|&byte| byte == b' ');
-    let device = std::str::from_utf8(fields.nth(2)?).ok()?;
+    let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
+    let (id, parent) = (number()?, number()?);
+    let device = std::str::from_utf8(fields.next()?).ok()?;
     let (major, minor) = device.split_once(':')?;
     let mountpoint = unescape(fields.nth(1)?);
     fields.find(|field| *field == b"-")?;
     let text = |field: Vec<u8>| String::from_utf8_lossy(&field).into_owned();
     Some(Entry {
+        id,
+        parent,
         device: (major.parse().ok()?, minor.parse().ok()?),
         mountpoint: OsString::from_vec(mountpoint).into(),
         kind: text(unescape(fields.next()?)),
@@ -95,6 +130,8 @@ mod tests {
         assert_eq!(
             entries[0],
             Entry {
+                id: 44,
+                parent: 27,
                 device: (0, 40),
                 mountpoint: "/tmp/a b".into(),
                 kind: "erofs".into(),
@@ -103,6 +140,14 @@ mod tests {
             }
         );
         assert_eq!(entries[1].mountpoint, Path::new("/"));
+    }
+
+    #[test]
+    fn a_mount_that_was_slid_beneath_is_not_on_top() {
+        let table = b"50 49 0:50 / /m ro - erofs old ro\n\
+                      49 27 0:49 / /m ro - erofs new ro\n";
+        let order: Vec<_> = in_order(parse(table)).into_iter().map(|it| it.id).collect();
+        assert_eq!(order, [49, 50]);
     }
 
     #[test]

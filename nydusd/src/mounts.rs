@@ -35,6 +35,7 @@ use storage::oci::{Access, RegistryRef};
 use storage::prefetch::{Prefetch, Watch};
 
 use crate::config::{self, Config, Login};
+use crate::driver::Choice;
 use crate::follow;
 use crate::fuse::node::Slot;
 use crate::fuse::{Background, RafsFs};
@@ -69,6 +70,8 @@ pub(crate) struct Source {
     pub cache: config::Cache,
     /// What to fetch before it is read.
     pub prefetch: Wish,
+    /// What its own configuration wants to serve it.
+    pub driver: Option<Choice>,
     /// File for the list of files that are read.
     pub record: Option<PathBuf>,
     /// What is known about it; the rest is filled in by [`open`].
@@ -91,6 +94,7 @@ impl Source {
             metrics: Arc::default(),
             cache: config::Cache::in_dir(cache),
             prefetch: Wish::default(),
+            driver: None,
             record: None,
             about: About {
                 backend_kind: "localfs".to_owned(),
@@ -117,6 +121,7 @@ impl Source {
                     ..Wish::default()
                 },
             },
+            driver: config.driver,
             record: None,
             about: About {
                 id: config.id.clone(),

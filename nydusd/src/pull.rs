@@ -77,6 +77,7 @@ pub(crate) fn source(options: &MountOptions, stop: &Stop) -> anyhow::Result<Sour
         metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
+        driver: None,
         record: options.record_files.clone(),
         about: About {
             backend_kind: "registry".to_owned(),
@@ -114,6 +115,7 @@ pub(crate) fn again(options: &MountOptions, bootstrap: PathBuf) -> anyhow::Resul
         metrics,
         cache: crate::config::Cache::in_dir(&options.cache_dir),
         prefetch: wish(options)?,
+        driver: None,
         record: None,
         about: About {
             backend_kind: "registry".to_owned(),

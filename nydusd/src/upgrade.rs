@@ -190,7 +190,11 @@ impl Life {
         let mut deposits = keeper.copies(is_state)?;
         let mut mounts = deposits.iter().filter(|(name, _)| name.starts_with(MOUNT));
         let served = |deposit: &Deposit| {
-            Saved::parse(&deposit.note).is_ok_and(|saved| saved.phase == MountPhase::Served)
+            Saved::parse(&deposit.note).is_ok_and(|saved| match saved.phase {
+                MountPhase::Served => true,
+                MountPhase::Replacing => saved.is_mounted(),
+                MountPhase::Mounting => false,
+            })
         };
         if deposits.is_empty() || !mounts.all(|(_, deposit)| served(deposit)) {
             return Err(Refusal::NotReady("nothing is mounted yet".to_owned()));

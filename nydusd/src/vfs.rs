@@ -22,7 +22,8 @@ use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::io;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::{ROOT_ID, stat64, statvfs64};
@@ -50,8 +51,10 @@ pub(crate) struct Mounted {
     pub path: String,
     /// Its files.
     pub files: RafsFs,
-    /// Different for every image that ever used the same slot.
+    /// Different for every image that ever was in this daemon.
     pub generation: u64,
+    /// What tells its inodes from those of an image that used the same slot before.
+    pub stamp: u64,
     /// What was asked of it.
     pub stats: Stats,
     /// What else is known about it, for the control API.
@@ -70,10 +73,12 @@ pub(crate) struct Table {
 }
 
 /// A read that waits for data.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Wait {
     /// The read.
     pub read: Wanted,
+    /// The image that it is of.
+    pub image: Arc<Mounted>,
     /// Since when.
     pub since: Instant,
     /// The same by the clock on the wall.
@@ -84,8 +89,34 @@ pub(crate) struct Wait {
 #[derive(Debug, Default)]
 pub(crate) struct Vfs {
     table: RwLock<Arc<Table>>,
-    waits: Mutex<BTreeMap<u64, Wait>>,
+    waits: Arc<Waits>,
     failures: Failures,
+}
+
+/// The reads that wait, in all FUSE mounts of the daemon.
+#[derive(Debug, Default)]
+struct Waits {
+    /// In the order in which they began to wait.
+    list: Mutex<BTreeMap<u64, Wait>>,
+    next: AtomicU64,
+}
+
+impl Waits {
+    /// Notes a read that waits; returns what [`Waits::end`] wants to know.
+    fn begin(&self, wait: Wait) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.lock().insert(number, wait);
+        number
+    }
+
+    fn end(&self, number: u64) {
+        self.lock().remove(&number);
+    }
+
+    /// The list is valid whatever a panicking thread did.
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Wait>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Table {
@@ -121,7 +152,12 @@ impl Table {
 
     /// Adds an image in a slot that [`Table::free_slot`] gave, instead of the one that
     /// is on its path now.
-    pub(crate) fn put(&mut self, slot: Slot, image: Mounted) -> Result<(), pseudo::Full> {
+    pub(crate) fn put(
+        &mut self,
+        slot: Slot,
+        image: impl Into<Arc<Mounted>>,
+    ) -> Result<(), pseudo::Full> {
+        let image = image.into();
         let path = image.path.clone();
         if path != "/" {
             self.pseudo.mount(&path, slot.get())?;
@@ -132,7 +168,7 @@ impl Table {
         }
         self.last_slot = slot.get();
         self.last_generation = image.generation;
-        self.images.insert(slot.get(), Arc::new(image));
+        self.images.insert(slot.get(), image);
         Ok(())
     }
 
@@ -170,6 +206,21 @@ impl Table {
 }
 
 impl Vfs {
+    /// A file system that is this one image, wherever that is in the daemon's own.
+    pub(crate) fn of_one(&self, image: &Arc<Mounted>) -> Self {
+        let slot = Slot::FIRST.get();
+        let table = Table {
+            images: BTreeMap::from([(slot, Arc::clone(image))]),
+            on_root: Some(slot),
+            ..Table::default()
+        };
+        Self {
+            table: RwLock::new(Arc::new(table)),
+            waits: Arc::clone(&self.waits),
+            failures: Failures::default(),
+        }
+    }
+
     /// The table as it is now.
     pub(crate) fn table(&self) -> Arc<Table> {
         let table = self.table.read();
@@ -183,10 +234,7 @@ impl Vfs {
 
     /// The reads that wait for data now, oldest first.
     pub(crate) fn waits(&self) -> Vec<Wait> {
-        let waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut waits: Vec<Wait> = waits.values().copied().collect();
-        waits.sort_by_key(|wait| wait.since);
-        waits
+        self.waits.lock().values().cloned().collect()
     }
 
     /// Has a request answered by the image it is for, or by `own` if it is for one of
@@ -230,7 +278,7 @@ impl Vfs {
         // No time-out for the entry: another image may be there next time.
         Ok(Entry {
             inode: node,
-            generation: image.generation,
+            generation: image.stamp,
             attr,
             attr_timeout,
             ..Entry::default()
@@ -273,16 +321,16 @@ impl Residency for Vfs {
         let Some(image) = table.image_of(read.node) else {
             return Ok(());
         };
-        let wait = Wait {
+        let since = Instant::now();
+        let number = self.waits.begin(Wait {
             read: *read,
-            since: Instant::now(),
+            image: Arc::clone(image),
+            since,
             started: SystemTime::now(),
-        };
-        let waits = || self.waits.lock().unwrap_or_else(PoisonError::into_inner);
-        waits().insert(read.unique, wait);
+        });
         let made = image.files.make_resident(read);
-        waits().remove(&read.unique);
-        let waited = wait.since.elapsed();
+        self.waits.end(number);
+        let waited = since.elapsed();
         match &made {
             Ok(()) => {
                 image.stats.waited();
@@ -308,7 +356,7 @@ impl FileSystem for Vfs {
             parent,
             |image| {
                 let mut entry = image.files.lookup(ctx, parent, name)?;
-                entry.generation = image.generation;
+                entry.generation = image.stamp;
                 Ok(entry)
             },
             |table| match table.pseudo.find(parent, name.to_bytes())? {
@@ -422,7 +470,7 @@ impl FileSystem for Vfs {
         if table.image_of(node).is_some() {
             let image = |image: &Mounted| {
                 let mut stamped = |listed: DirEntry<'_>, mut entry: Entry| {
-                    entry.generation = image.generation;
+                    entry.generation = image.stamp;
                     add(listed, entry)
                 };
                 image

@@ -106,6 +106,39 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
+/// With a large directory, of which the kernel asks for more than once.
+#[test]
+fn a_walk_asks_for_directories_and_not_for_each_entry() {
+    let scene = Scene::new();
+    let source = scene.dir("source");
+    let entries = 3000;
+    for number in 0..entries {
+        fs::write(
+            source.join(format!("a-name-of-some-length-{number:06}")),
+            "",
+        )
+        .unwrap();
+    }
+    let build = scene.create("image", &[], &source);
+    let daemon = Controlled::start(&scene, |command| {
+        command.arg("--bootstrap").arg(&build.bootstrap);
+        command.arg("--localfs-dir").arg(&build.blob_dir);
+    });
+    // All names come before the first question about one of them.
+    let names = names(daemon.daemon.point());
+    assert_eq!(names.len(), entries);
+    for name in &names {
+        let file = daemon.daemon.point().join(name);
+        assert_eq!(fs::symlink_metadata(file).unwrap().len(), 0);
+    }
+    let metrics = daemon.expect(200, "GET", "/api/v1/metrics?id=/", "");
+    let hits = metrics["fop_hits"].as_array().unwrap();
+    let hits: Vec<u64> = hits.iter().map(|count| count.as_u64().unwrap()).collect();
+    let (getattr, lookup, readdir, plus) = (hits[0], hits[9], hits[10], hits[11]);
+    assert!(plus > 1, "{hits:?}");
+    assert!(getattr + lookup + readdir < 20, "{hits:?}");
+}
+
 #[test]
 fn the_socket_is_private_and_its_answers_look_as_clients_expect() {
     let scene = Scene::new();

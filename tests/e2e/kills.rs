@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -294,6 +295,44 @@ fn wait_until(mut ready: impl FnMut() -> bool) {
         );
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// A program that dies with a file open, while nobody is there who answers. It is the
+/// first to close one: the kernel must know already that nobody has to be asked.
+#[test]
+fn a_reader_dies_without_an_answer() {
+    let scene = Scene::new();
+    let source = scene.small_tree();
+    let build = scene.create("image", &[], &source);
+    let point = scene.new_point();
+    let mut command = scene.mount_command(build.bootstrap.to_str().unwrap(), &point);
+    command.args(["--driver", "fuse", "--localfs-dir"]);
+    let daemon = scene.start(command.arg(&build.blob_dir), &point);
+    let open = point.join("first");
+    // Holds the only descriptor that there ever was.
+    let mut command = Command::new("tail");
+    command.args(["-c", "1", "-f"]).arg(&open);
+    let mut reader = Process::start(&mut command, &scene.path("reader.log")).unwrap();
+    reader
+        .wait_until(|reader| !reader.log().is_empty())
+        .unwrap();
+    // Nobody starts another worker now.
+    signal(daemon.process_id(), Signal::SIGSTOP);
+    let worker = daemon.worker().unwrap();
+    signal(worker, Signal::SIGKILL);
+    wait_until(|| !is_running(worker));
+    signal(reader.id(), Signal::SIGKILL);
+    let began = Instant::now();
+    let mut ended = None;
+    while ended.is_none() && began.elapsed() < Duration::from_secs(10) {
+        ended = reader.ended().unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+    signal(daemon.process_id(), Signal::SIGCONT);
+    assert!(ended.is_some(), "it waits for an answer");
+    wait_until(|| fs::read(&open).is_ok());
+    assert_same_tree(&source, &point);
+    daemon.stop().unwrap();
 }
 
 /// Without anybody to answer, FUSE fails closed: an error, never wrong bytes.

@@ -7,13 +7,14 @@
 //! - [`create`], [`merge`], [`convert`]: what was built reads back as it was
 //! - [`kernel`], [`kernel_matrix`]: the kernel's own EROFS agrees
 //! - [`erofs`]: images that the kernel serves, filled as they are read
-//! - [`below`]: many images of one daemon that the kernel serves
+//! - [`below`]: many images of one daemon, each with a mount of its own
 //! - [`in_place`]: layers used in place, [`reuse`]: chunks of other images
 //! - [`fixtures`]: so do images that Nydus v2.4 wrote
 //! - [`bad_build`], [`bad_registry`], [`bad_mount`]: every bad input has one clear end
 //! - [`api`]: the control socket: many images, numbers, commands
 //! - [`backends`], [`soak`]: blobs from real servers, good and bad ones
 //! - [`kills`]: any one process of a daemon can die at any moment
+//! - [`groups`]: control groups of keeper and worker
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
 //! - [`read_only`]: every way to read and to write
@@ -36,6 +37,7 @@ mod convert;
 mod create;
 mod erofs;
 mod fixtures;
+mod groups;
 mod hedge;
 mod help;
 mod in_place;

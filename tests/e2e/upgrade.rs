@@ -155,7 +155,7 @@ impl Line {
 
     /// Tells a daemon to leave its mounts, and waits for its end.
     #[track_caller]
-    fn leave(&mut self, number: usize) {
+    pub(crate) fn leave(&mut self, number: usize) {
         let daemon = &mut self.daemons[number];
         daemon.expect(204, "PUT", "/api/v1/daemon/exit", "");
         let status = daemon.process.wait().unwrap();
@@ -638,8 +638,22 @@ fn steps_come_in_their_order() {
     bad = bad.replace("two.boot", "absent.boot");
     new.expect(500, "POST", &target("/bad"), &bad);
     assert_eq!(names(&line.point), ["1", "2"]);
+    let listed = |daemon: &Daemon| -> Vec<String> {
+        let info = daemon.expect(200, "GET", "/api/v1/daemon", "");
+        let images = info["backend_collection"].as_object().unwrap();
+        let kinds = images
+            .values()
+            .map(|it| it["config"]["backend"]["type"].as_str());
+        assert!(
+            kinds.into_iter().all(|kind| kind == Some("localfs")),
+            "{info}"
+        );
+        images.keys().cloned().collect()
+    };
+    assert_eq!(listed(new), ["/1", "/new"]);
 
     line.must_take_over(1);
+    assert_eq!(listed(line.daemon(1)), ["/1", "/2", "/new"]);
     // A worker that dies now is followed by one that waits.
     line.daemon(1).kill_worker();
     line.daemon(1).wait_for("READY");

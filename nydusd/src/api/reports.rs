@@ -8,8 +8,10 @@ use humantime::format_rfc3339_seconds;
 use serde_json::{Map, Value, json};
 use storage::metrics::Kind;
 
-use super::Api;
 use super::error::ApiError;
+use super::{Api, shown};
+use crate::manager::saved::Origin;
+use crate::upgrade::waiting::Waiting;
 use crate::vfs::stats::OPS;
 use crate::vfs::{Mounted, Table, Vfs, Wait};
 
@@ -18,7 +20,7 @@ const OPCODE_READ: u32 = 15;
 
 /// Version, state, and the mounted images if `mounts`.
 pub(super) fn daemon(api: &Api, table: &Table, mounts: bool) -> Value {
-    let collection = |table: &Table| {
+    let mounted = |table: &Table| {
         let mut all = Map::new();
         for image in table.images() {
             let mounted = image.about.mounted.unwrap_or(UNIX_EPOCH);
@@ -31,6 +33,10 @@ pub(super) fn daemon(api: &Api, table: &Table, mounts: bool) -> Value {
             all.insert(image.path.clone(), about);
         }
         Value::Object(all)
+    };
+    let collection = |table: &Table| match api.life.waits() {
+        Some(waiting) => awaited(waiting),
+        None => mounted(table),
     };
     json!({
         "version": {
@@ -45,6 +51,23 @@ pub(super) fn daemon(api: &Api, table: &Table, mounts: bool) -> Value {
         "state": api.life.phase().name(),
         "backend_collection": mounts.then(|| collection(table)),
     })
+}
+
+/// The images of a daemon that serves nothing yet: taken over, or asked for.
+fn awaited(waiting: &Waiting) -> Value {
+    let images = waiting.images().unwrap_or_else(|error| {
+        tracing::warn!("what was taken over cannot be listed: {error:#}");
+        Default::default()
+    });
+    let each = images.into_iter().map(|(path, origin)| {
+        let config = match &origin {
+            Origin::Api(body) => shown(body),
+            Origin::CommandLine => None,
+        };
+        let about = json!({ "backend_type": "Rafs", "mountpoint": path, "config": config });
+        (path, about)
+    });
+    Value::Object(each.collect())
 }
 
 /// What an image says about itself; for people.
@@ -205,16 +228,15 @@ pub(super) fn debug(vfs: &Vfs, table: &Table) -> Value {
         .iter()
         .map(|wait| {
             let read = &wait.read;
-            let image = table.image_of(read.node);
-            let missing = image.map(|image| image.files.missing(read.node, read.offset, read.size));
+            let image = &wait.image;
+            let missing = image.files.missing(read.node, read.offset, read.size);
             let missing: Vec<Value> = missing
-                .unwrap_or_default()
                 .into_iter()
                 .map(|(blob, chunks)| json!({ "blob": blob, "chunks": chunks }))
                 .collect();
             json!({
-                "mountpoint": image.map(|image| &image.path),
-                "image": image.map(|image| &image.about.image),
+                "mountpoint": image.path,
+                "image": image.about.image,
                 "inode": read.node,
                 "offset": read.offset,
                 "size": read.size,

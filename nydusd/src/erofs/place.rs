@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
@@ -33,7 +33,7 @@ const BOOTSTRAP: &str = "image.boot";
 const NEW: &str = ".new-";
 
 /// What a mount leaves behind for those who come after everybody died.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Record {
     mountpoint: PathBuf,
     /// The source that the mount table shows.
@@ -136,6 +136,7 @@ pub(crate) fn sweep(cache: &Path) -> anyhow::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries.with_context(|| format!("cannot list {}", mounts.display()))?,
     };
+    let mut dead = Vec::new();
     for entry in entries {
         let entry = entry.context("cannot list mounts")?;
         // Not locked yet, perhaps, and nothing is mounted from it.
@@ -150,21 +151,41 @@ pub(crate) fn sweep(cache: &Path) -> anyhow::Result<()> {
         if lock.try_lock().is_err() {
             continue;
         }
-        if let Ok(record) = fs::read(dir.join(RECORD))
-            && let Ok(record) = serde_json::from_slice::<Record>(&record)
-        {
-            take_down(&record)?;
+        let record = fs::read(dir.join(RECORD)).ok();
+        let record = record.and_then(|record| serde_json::from_slice::<Record>(&record).ok());
+        dead.push((dir, record, lock));
+    }
+    // One that was about to replace another is below it.
+    let mut left = usize::MAX;
+    while dead.len() < left {
+        left = dead.len();
+        for (dir, record, lock) in std::mem::take(&mut dead) {
+            if let Some(record) = &record
+                && !take_down(record)?
+            {
+                dead.push((dir, Some(record.clone()), lock));
+                continue;
+            }
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
-        fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    if let Some((_, Some(record), _)) = dead.first() {
+        bail!(
+            "{}: the mount of a dead daemon is below another one; unmount that first",
+            record.mountpoint.display()
+        );
     }
     Ok(())
 }
 
-fn take_down(record: &Record) -> anyhow::Result<()> {
+/// Returns whether the mount is gone: it may be below another one.
+fn take_down(record: &Record) -> anyhow::Result<bool> {
+    let is_it =
+        |entry: &mountinfo::Entry| entry.kind == "erofs" && entry.source == record.bootstrap;
     // Mounted twice on the same place, by whatever accident: twice taken down.
     while let Some(entry) = mountinfo::at(&record.mountpoint) {
-        if entry.kind != "erofs" || entry.source != record.bootstrap {
-            return Ok(());
+        if !is_it(&entry) {
+            break;
         }
         let point = record.mountpoint.display();
         tracing::error!(
@@ -175,10 +196,9 @@ fn take_down(record: &Record) -> anyhow::Result<()> {
         let flags = MntFlags::UMOUNT_NOFOLLOW;
         let mut done = umount2(&record.mountpoint, flags);
         if done == Err(Errno::EBUSY) {
-            let device = nix::sys::stat::makedev(entry.device.0.into(), entry.device.1.into());
             tracing::error!(
                 "{point} is still in use, and its users read zeros; end them: {}",
-                busy::list(&busy::processes(device))
+                busy::list(&busy::processes(entry.device_number()))
             );
             done = umount2(&record.mountpoint, flags | MntFlags::MNT_DETACH);
         }
@@ -187,7 +207,7 @@ fn take_down(record: &Record) -> anyhow::Result<()> {
             "{point}: the mount of a dead daemon cannot be taken down: {done:?}"
         );
     }
-    Ok(())
+    Ok(!mountinfo::stack(&record.mountpoint).iter().any(is_it))
 }
 
 #[cfg(test)]

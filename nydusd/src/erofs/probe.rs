@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::mpsc::{TryRecvError, channel};
@@ -24,7 +24,7 @@ use storage::{Compressor, Digester};
 
 use super::event::Event;
 use super::journal::EVENT_ROOM;
-use super::sys::{self, FsContext, Mark};
+use super::sys::{self, Detached, FsContext, Mark};
 
 /// The one block, and what it must hold when it is read.
 const BLOCK: usize = 4096;
@@ -72,9 +72,9 @@ pub(crate) fn probe(cache: &Path) -> anyhow::Result<()> {
 }
 
 /// Reads the file of the mount while answering for it.
-fn ask(group: &OwnedFd, data: &File, mount: OwnedFd) -> anyhow::Result<Vec<u8>> {
+fn ask(group: &OwnedFd, data: &File, mount: Detached) -> anyhow::Result<Vec<u8>> {
     let (sender, receiver) = channel();
-    let path = format!("/proc/self/fd/{}/{NAME}", mount.as_raw_fd());
+    let path = mount.path().join(NAME);
     let reader = std::thread::Builder::new().spawn(move || {
         let mut bytes = Vec::new();
         let done = File::open(path).and_then(|mut file| file.read_to_end(&mut bytes));

@@ -9,10 +9,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 
 const FSOPEN_CLOEXEC: c_int = 1;
+const FSCONFIG_SET_FLAG: c_int = 0;
 const FSCONFIG_SET_STRING: c_int = 1;
 const FSCONFIG_CMD_CREATE: c_int = 6;
 const FSMOUNT_CLOEXEC: c_int = 1;
@@ -21,6 +22,7 @@ const MOUNT_ATTR_NOSUID: c_int = 0x2;
 const MOUNT_ATTR_NODEV: c_int = 0x4;
 const MOUNT_ATTR_NOATIME: c_int = 0x10;
 const MOVE_MOUNT_F_EMPTY_PATH: c_int = 0x4;
+const MOVE_MOUNT_BENEATH: c_int = 0x200;
 
 /// An access that has not happened yet; the reader waits for our answer.
 const FAN_PRE_ACCESS: u64 = 0x0010_0000;
@@ -49,12 +51,20 @@ impl FsContext {
         self.config(FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr().cast())
     }
 
+    /// Sets an option without a value.
+    ///
+    /// # Errors
+    /// As for [`FsContext::set`].
+    pub(crate) fn set_flag(&self, key: &CStr) -> io::Result<()> {
+        self.config(FSCONFIG_SET_FLAG, key.as_ptr(), ptr::null())
+    }
+
     /// Opens the file system and returns it as a mount that nobody sees yet:
     /// read-only, without devices and set-id programs, and without access times.
     ///
     /// # Errors
     /// As for [`FsContext::set`].
-    pub(crate) fn mount(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn mount(&self) -> io::Result<Detached> {
         self.config(FSCONFIG_CMD_CREATE, ptr::null(), ptr::null())?;
         let attributes =
             MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOATIME;
@@ -67,7 +77,9 @@ impl FsContext {
                 attributes,
             )
         };
-        owned(fd)
+        let mount = owned(fd)?;
+        let device = device_of(&mount)?;
+        Ok(Detached { mount, device })
     }
 
     /// What the kernel has noted about failed steps, in its own words.
@@ -102,24 +114,71 @@ impl FsContext {
     }
 }
 
-/// Makes a mount of [`FsContext::mount`] visible at `target`.
+/// Where a mount becomes visible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layer {
+    /// Above whatever is there.
+    Top,
+    /// Below the mount that is there, so that it is seen when that one goes.
+    Beneath,
+}
+
+/// A mount that nobody sees yet. It goes away with this, unless it was attached.
+#[derive(Debug)]
+pub(crate) struct Detached {
+    mount: OwnedFd,
+    device: u64,
+}
+
+impl Detached {
+    /// Device number of its file system, as `stat` shows it.
+    pub(crate) fn device(&self) -> u64 {
+        self.device
+    }
+
+    /// A path to its root, for this process.
+    pub(crate) fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.mount.as_raw_fd()).into()
+    }
+
+    /// Makes it visible at `target`.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub(crate) fn attach(&self, target: &Path, layer: Layer) -> io::Result<()> {
+        let target = CString::new(target.as_os_str().as_bytes())?;
+        let flags = match layer {
+            Layer::Top => MOVE_MOUNT_F_EMPTY_PATH,
+            Layer::Beneath => MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_BENEATH,
+        };
+        // SAFETY: both strings are valid C strings for the time of the call.
+        let done = unsafe {
+            libc::syscall(
+                libc::SYS_move_mount,
+                self.mount.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_FDCWD,
+                target.as_ptr(),
+                flags,
+            )
+        };
+        check(done)
+    }
+}
+
+/// Device number of the file system of a mount, without asking whoever serves it.
 ///
 /// # Errors
-/// As the kernel says.
-pub(crate) fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
-    let target = CString::new(target.as_os_str().as_bytes())?;
-    // SAFETY: both strings are valid C strings for the time of the call.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            target.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
-    check(done)
+/// As `statx(2)`.
+pub(crate) fn device_of(mount: &OwnedFd) -> io::Result<u64> {
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: plain integers, for which zero is a value.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a valid C string and the structure large enough, for the time
+    // of the call.
+    let done = unsafe { libc::statx(mount.as_raw_fd(), c"".as_ptr(), flags, 0, &mut found) };
+    check(done.into())?;
+    Ok(libc::makedev(found.stx_dev_major, found.stx_dev_minor))
 }
 
 /// A group that is asked before the content of marked files is used. Its events come
@@ -135,7 +194,18 @@ pub(crate) fn event_group() -> io::Result<OwnedFd> {
     let events = libc::O_RDONLY | libc::O_LARGEFILE | libc::O_CLOEXEC;
     // SAFETY: takes plain numbers.
     let fd = unsafe { libc::fanotify_init(flags, events.cast_unsigned()) };
-    owned(fd.into())
+    owned(fd.into()).map_err(|error| exhausted(error, "fs.fanotify.max_user_groups"))
+}
+
+/// `EMFILE` of a system call that has a limit of its own, beside that of descriptors.
+///
+/// * `sysctl`: which.
+fn exhausted(error: io::Error, sysctl: &str) -> io::Error {
+    if error.raw_os_error() != Some(libc::EMFILE) {
+        return error;
+    }
+    let words = format!("{error}: the limit is sysctl {sysctl}, or that of open files");
+    io::Error::new(error.kind(), words)
 }
 
 /// Whether accesses to a file are asked about.
@@ -203,7 +273,8 @@ impl EndWatch {
     pub(crate) fn new(root: &Path) -> io::Result<Self> {
         // SAFETY: takes plain numbers.
         let fd = unsafe { libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK) };
-        let fd = owned(fd.into())?;
+        let fd =
+            owned(fd.into()).map_err(|error| exhausted(error, "fs.inotify.max_user_instances"))?;
         let root = CString::new(root.as_os_str().as_bytes())?;
         // Nothing else ever happens to an inode of a read-only file system.
         let mask = libc::IN_DELETE_SELF | libc::IN_ONLYDIR;
@@ -268,4 +339,26 @@ fn check(done: c_long) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_reached_is_named() {
+        let full = io::Error::from_raw_os_error(libc::EMFILE);
+        let words = exhausted(full, "fs.some.limit").to_string();
+        assert!(words.contains("sysctl fs.some.limit"), "{words}");
+        let other = exhausted(io::Error::from_raw_os_error(libc::EPERM), "fs.some.limit");
+        assert_eq!(other.raw_os_error(), Some(libc::EPERM));
+    }
+
+    #[test]
+    fn the_device_of_a_file_system_is_what_stat_shows() {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = File::open("/").unwrap();
+        let device = file.metadata().unwrap().dev();
+        assert_eq!(device_of(&file.into()).unwrap(), device);
+    }
 }

@@ -20,8 +20,7 @@ const NID_MASK: u64 = (1 << NID_BITS) - 1;
 pub(crate) struct Slot(u8);
 
 impl Slot {
-    /// Of the first image.
-    #[cfg(test)]
+    /// Of the first image, and of one that has a mount to itself.
     pub(crate) const FIRST: Self = Self(1);
 
     /// The slot with this number; `None` for 0, which is not an image's.

@@ -13,8 +13,9 @@ use std::sync::OnceLock;
 use anyhow::{Context as _, bail, ensure};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::{major, makedev, minor};
+use nix::sys::stat::{major, minor};
 
+use crate::erofs::sys::{Detached, FsContext};
 use crate::mountinfo;
 
 /// Largest data of one request or reply, in bytes: 256 pages, the kernel's limit.
@@ -25,6 +26,9 @@ const HEADERS: usize = 4096;
 pub(crate) const BUFFER_SIZE: usize = MAX_DATA + HEADERS;
 /// Read-ahead window, in KiB: as much as one request carries.
 const READ_AHEAD_KIB: u32 = 1024;
+
+/// What the mount table shows as source.
+const SOURCE: &str = "rafs";
 
 /// A mounted FUSE file system.
 #[derive(Debug)]
@@ -51,7 +55,7 @@ impl Session {
         let flags =
             MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
         mount(
-            Some("rafs"),
+            Some(SOURCE),
             &mountpoint,
             Some("fuse"),
             flags,
@@ -72,6 +76,29 @@ impl Session {
             begun: OnceLock::new(),
             refuses_resent: false,
         })
+    }
+
+    /// Makes a mount that nobody sees yet, and that will be on `mountpoint`.
+    ///
+    /// # Errors
+    /// When the kernel refuses, with its own words.
+    pub(crate) fn prepare(mountpoint: &Path, device: File) -> anyhow::Result<(Self, Detached)> {
+        let make = |files: &FsContext| {
+            files.set(c"source", SOURCE)?;
+            files.set(c"fd", &device.as_raw_fd().to_string())?;
+            files.set(c"rootmode", "40000")?;
+            files.set(c"user_id", "0")?;
+            files.set(c"group_id", "0")?;
+            files.set_flag(c"default_permissions")?;
+            files.set_flag(c"allow_other")?;
+            files.set(c"max_read", &BUFFER_SIZE.to_string())?;
+            files.mount()
+        };
+        let files = FsContext::open(c"fuse").context("the kernel has no FUSE")?;
+        let detached = make(&files)
+            .with_context(|| format!("FUSE refused the mount ({})", files.explain()))?;
+        let session = Self::adopt(mountpoint, device, false);
+        Ok((session, detached))
     }
 
     /// Opens the way to the kernel, for a mount that is still to be made.
@@ -123,6 +150,11 @@ impl Session {
         (&self.device).write_all(&message)
     }
 
+    /// Where it is mounted.
+    pub(crate) fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
     /// The descriptor that requests are read from and replies written to.
     pub(crate) fn device(&self) -> &File {
         &self.device
@@ -135,14 +167,20 @@ impl Session {
     /// # Errors
     /// When somebody has unmounted it already.
     pub(crate) fn wait_until_served(&self) -> anyhow::Result<u64> {
+        self.wait_until_begun();
+        let entry = mountinfo::at(&self.mountpoint)
+            .with_context(|| format!("{} is not mounted any more", self.mountpoint.display()))?;
+        let device = entry.device_number();
+        set_read_ahead(device);
+        Ok(device)
+    }
+
+    /// Waits until the kernel and the threads behind [`Session::device`] agreed on how
+    /// to talk.
+    pub(crate) fn wait_until_begun(&self) {
         // Not by a request of our own: killed while it waits for itself, this process
         // would never be seen to end.
         self.begun.wait();
-        let entry = mountinfo::at(&self.mountpoint)
-            .with_context(|| format!("{} is not mounted any more", self.mountpoint.display()))?;
-        let device = makedev(entry.device.0.into(), entry.device.1.into());
-        set_read_ahead(device);
-        Ok(device)
     }
 
     /// The first request was answered, or never will be.
@@ -183,7 +221,7 @@ fn native(number: u32) -> [u8; 4] {
 }
 
 /// Lets the kernel read as far ahead as one request can carry.
-fn set_read_ahead(device: u64) {
+pub(crate) fn set_read_ahead(device: u64) {
     let path = format!(
         "/sys/class/bdi/{}:{}/read_ahead_kb",
         major(device),

@@ -4,19 +4,19 @@
 //! arrives even if the sender dies right after. The end of the other side is the end
 //! of the stream.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 use serde::{Deserialize, Serialize};
 
-/// Most descriptors of one message: the kernel's limit.
-pub(crate) const MAX_FILES: usize = 253;
+use super::rights;
+pub(crate) use super::rights::MAX_FILES;
+
 /// Longest message, in bytes.
 const MAX_LEN: usize = 64 << 10;
 
@@ -109,28 +109,10 @@ impl Channel {
     /// A message that is none, or out of descriptors.
     pub(crate) fn receive(&self) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
         let mut text = vec![0; MAX_LEN];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FILES]);
-        let (len, files) = loop {
-            let mut parts = [IoSliceMut::new(&mut text)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            match recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-                Ok(received) => {
-                    let mut files = Vec::new();
-                    for control in received.cmsgs()? {
-                        if let ControlMessageOwned::ScmRights(numbers) = control {
-                            for number in numbers {
-                                // SAFETY: the kernel has just opened it for us.
-                                files.push(unsafe { OwnedFd::from_raw_fd(number) });
-                            }
-                        }
-                    }
-                    break (received.bytes, files);
-                }
-                Err(Errno::EINTR) => {}
-                // Its last words were not for us.
-                Err(Errno::ECONNRESET) => return Ok(None),
-                Err(errno) => return Err(errno.into()),
-            }
+        let (len, files) = match rights::receive(self.0.as_fd(), &mut text, 0) {
+            // Its last words were not for us.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            received => received?,
         };
         if len == 0 {
             return Ok(None);

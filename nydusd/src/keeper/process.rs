@@ -19,8 +19,10 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::channel::{Channel, Message};
+use super::group::Groups;
 use super::store::{self, Store, Stored};
 use super::{Receiver, WORKER, send_deposit};
+use crate::fuse::teach::OPENER;
 use crate::mounts::saved::MOUNT;
 use crate::upgrade::OWNER;
 
@@ -59,6 +61,8 @@ struct Keeper {
     pending: bool,
     /// What the score for want of memory was before we lowered it.
     score: Option<String>,
+    /// The control groups, if keeper and worker have one each.
+    groups: Option<Groups>,
     pause: Duration,
 }
 
@@ -181,6 +185,7 @@ impl Keeper {
             again,
             pending: false,
             score: None,
+            groups: Groups::enter(),
             pause: FIRST_PAUSE,
         })
     }
@@ -201,6 +206,9 @@ impl Keeper {
         if let Some(score) = &self.score {
             // It is not meant to survive everybody else.
             let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), score);
+        }
+        if let Some(groups) = &self.groups {
+            groups.take_in(child.id());
         }
         for (name, deposit) in &self.held.deposits {
             send_deposit(&ours, name, deposit).context("cannot hand over")?;
@@ -233,6 +241,9 @@ impl Keeper {
             {
                 if let Some(store) = &mut self.store {
                     store.clear();
+                }
+                if let Some(groups) = self.groups.take() {
+                    groups.leave();
                 }
                 return Ok(code.unwrap_or(0));
             }
@@ -388,5 +399,9 @@ fn lower_score() -> Option<String> {
 /// The role that the first argument names, if any, and the other arguments.
 pub(crate) fn role(arguments: &[OsString]) -> Option<&OsStr> {
     let word = arguments.get(1)?;
-    (word == super::WORKER || word == super::KEEPER).then_some(word.as_os_str())
+    let roles = [super::WORKER, super::KEEPER, OPENER];
+    roles
+        .iter()
+        .any(|role| word == role)
+        .then_some(word.as_os_str())
 }

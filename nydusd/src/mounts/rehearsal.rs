@@ -6,7 +6,6 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use nix::sys::stat::makedev;
 
 use super::saved::{EVENTS, MOUNT, Phase, Saved};
 use super::table::below::place_of;
@@ -15,7 +14,6 @@ use crate::driver::Driver;
 use crate::erofs::journal::{FileId, Journal};
 use crate::keeper::{Deposit, Deposits};
 use crate::manager::saved::{self as images, Origin};
-use crate::mountinfo;
 use crate::shared::Shared;
 use crate::upgrade::waiting::FindSource;
 
@@ -70,7 +68,10 @@ pub(crate) fn rehearse(deposits: &Deposits, stage: &Stage<'_>) -> anyhow::Result
 fn mount(deposit: &Deposit, all: &Deposits, stage: &Stage<'_>) -> anyhow::Result<()> {
     let saved = Saved::parse(&deposit.note)?;
     let point = saved.mountpoint.display();
-    ensure!(saved.phase == Phase::Served, "{point} is only half mounted");
+    ensure!(
+        saved.phase != Phase::Mounting,
+        "{point} is only half mounted"
+    );
     let path = saved.path.as_deref().unwrap_or("/");
     ensure!(
         saved.mountpoint == place_of(stage.mountpoint, path),
@@ -80,25 +81,41 @@ fn mount(deposit: &Deposit, all: &Deposits, stage: &Stage<'_>) -> anyhow::Result
     if saved.directory {
         return Ok(());
     }
-    let there = mountinfo::at(&saved.mountpoint);
-    let there = there.map(|entry| makedev(entry.device.0.into(), entry.device.1.into()));
     ensure!(
-        there == Some(saved.device),
+        saved.is_mounted() || is_replaced(&saved, all)?,
         "the mount on {point} that the state is of is not there any more"
     );
     match saved.driver {
-        Driver::Fuse => {
-            ensure!(
-                deposit.files.len() == 1,
-                "{} descriptors for a FUSE mount",
-                deposit.files.len()
-            );
-            Ok(())
-        }
+        Driver::Fuse => fuse(&saved, deposit, stage),
         Driver::Erofs => {
             ensure!(all.contains_key(EVENTS), "the event group is missing");
             erofs(&saved, deposit, stage)
         }
+    }
+}
+
+/// Whether a later mount is in the place of this one, which is served for those who have
+/// it open.
+fn is_replaced(saved: &Saved, all: &Deposits) -> anyhow::Result<bool> {
+    for (_, deposit) in all.iter().filter(|(name, _)| name.starts_with(MOUNT)) {
+        let other = Saved::parse(&deposit.note)?;
+        if other.id > saved.id && other.mountpoint == saved.mountpoint {
+            return Ok(saved.path.is_some());
+        }
+    }
+    Ok(false)
+}
+
+fn fuse(saved: &Saved, deposit: &Deposit, stage: &Stage<'_>) -> anyhow::Result<()> {
+    let mut files = deposit.try_clone()?.files;
+    let origin = saved.origin(&mut files)?;
+    match (&saved.path, files.as_slice()) {
+        (None, [_]) => Ok(()),
+        (Some(_), [_, bootstrap]) => {
+            let bootstrap = File::from(bootstrap.try_clone()?);
+            reopen(&origin, saved.bootstrap.clone(), &bootstrap, stage).map(drop)
+        }
+        (_, files) => bail!("{} descriptors for a FUSE mount", files.len()),
     }
 }
 

@@ -3,9 +3,10 @@
 //! The descriptors that go with it, in this order:
 //!
 //! * FUSE: `/dev/fuse`; the images in the mount are deposits of their own
-//!   ([`manager::saved`](crate::manager::saved));
-//! * EROFS: the bootstrap, the lock of the mount's directory, the watch for its end
-//!   (once served), and the cache file of every blob.
+//!   ([`manager::saved`](crate::manager::saved)), but for one that has the mount to
+//!   itself: then its bootstrap;
+//! * EROFS: the bootstrap, the lock of the mount's directory, the watch for its end,
+//!   and the cache file of every blob.
 //!
 //! The deposit [`EVENTS`] has no note; with it are the fanotify group and the journal.
 
@@ -16,9 +17,10 @@ use anyhow::{Context as _, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::Source;
-use crate::driver::Driver;
+use crate::driver::{Choice, Driver};
 use crate::keeper::text;
 use crate::manager::saved::Origin;
+use crate::mountinfo;
 
 /// Name of the deposit with the fanotify group of all mounts.
 pub(crate) const EVENTS: &str = "events";
@@ -27,6 +29,8 @@ pub(crate) const EVENTS: &str = "events";
 pub(crate) const MOUNT: &str = "mount-";
 /// Version of the note. Raised when an older reader would misunderstand.
 const VERSION: u32 = 1;
+/// Version of a note that readers of the first one would misunderstand.
+const NEWER: u32 = 2;
 
 /// How far a mount has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +38,9 @@ const VERSION: u32 = 1;
 pub(crate) enum Phase {
     /// It may be in the mount table, or not.
     Mounting,
+    /// It may be in the mount table, below the one that it replaces or instead of it, or
+    /// not.
+    Replacing,
     /// It works.
     Served,
 }
@@ -54,7 +61,7 @@ pub(crate) struct Saved {
     pub bootstrap: PathBuf,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
-    /// Device number of the file system, once served.
+    /// Device number of the file system; 0 if it is not known before it is served.
     pub device: u64,
     /// Directory of an EROFS mount.
     pub place: Option<PathBuf>,
@@ -64,6 +71,9 @@ pub(crate) struct Saved {
     /// nothing is mounted on it then, and no descriptor goes with the note.
     #[serde(default)]
     pub directory: bool,
+    /// What serves the images below such a directory, unless they say so themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub choice: Option<Choice>,
     /// Path of an image that was mounted so. The body of the request goes with the
     /// note, as the last descriptor.
     #[serde(default)]
@@ -85,8 +95,15 @@ impl Saved {
             place: None,
             threads: 4,
             directory: false,
+            choice: None,
             path: None,
         }
+    }
+
+    /// Whether it is at its mount point, above or below others.
+    pub(crate) fn is_mounted(&self) -> bool {
+        let mut stack = mountinfo::stack(&self.mountpoint).into_iter();
+        stack.any(|entry| entry.device_number() == self.device)
     }
 
     /// How the image came into the mount.
@@ -108,7 +125,12 @@ impl Saved {
     /// # Errors
     /// When a path is not UTF-8.
     pub(crate) fn note(&self) -> anyhow::Result<String> {
-        serde_json::to_string(self).context("cannot save the state of a mount")
+        let newer = self.driver == Driver::Fuse && self.path.is_some();
+        let noted = Self {
+            version: if newer { NEWER } else { VERSION },
+            ..self.clone()
+        };
+        serde_json::to_string(&noted).context("cannot save the state of a mount")
     }
 
     /// From text.
@@ -119,8 +141,8 @@ impl Saved {
         let saved: Self =
             serde_json::from_str(note).context("the saved state of a mount cannot be read")?;
         ensure!(
-            saved.version == VERSION,
-            "the saved state of a mount has version {}, this program knows {VERSION}",
+            (VERSION..=NEWER).contains(&saved.version),
+            "the saved state of a mount has version {}, this program knows {VERSION} to {NEWER}",
             saved.version
         );
         Ok(saved)
@@ -155,13 +177,21 @@ mod tests {
             place: None,
             threads: 4,
             directory: false,
+            choice: None,
             path: Some("/12".into()),
         };
         let note = saved.note().unwrap();
         assert_eq!(Saved::parse(&note).unwrap(), saved);
-        let newer = note.replace("\"version\":1", "\"version\":2");
+        let newer = note.replace("\"version\":1", "\"version\":3");
         let error = Saved::parse(&newer).unwrap_err().to_string();
-        assert!(error.contains("version 2"), "{error}");
+        assert!(error.contains("version 3"), "{error}");
+        let fuse = Saved {
+            driver: Driver::Fuse,
+            ..saved
+        };
+        let note = fuse.note().unwrap();
+        assert!(note.contains("\"version\":2"), "{note}");
+        assert_eq!(Saved::parse(&note).unwrap().driver, Driver::Fuse);
         assert!(Saved::parse("{}").is_err());
     }
 }

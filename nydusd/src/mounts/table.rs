@@ -15,6 +15,7 @@ use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ use crate::erofs::ErofsMount;
 use crate::erofs::events::{self, Inheritance, Watch};
 use crate::erofs::journal::{FileId, Journal};
 use crate::erofs::place::{self, Place};
-use crate::erofs::sys::{self, EndWatch};
+use crate::erofs::sys::{self, EndWatch, Layer};
 use crate::fuse::session::{Session, check_mountpoint};
 use crate::fuse::workers::Workers;
 use crate::keeper::{Deposit, Deposits, Holder as Keeper, process};
@@ -41,6 +42,7 @@ use crate::manager::Manager;
 use crate::manager::saved::{self as images, Origin};
 use crate::mountinfo;
 use crate::upgrade::UPGRADE;
+use crate::vfs::{Mounted, Vfs};
 use below::Posted;
 
 /// How long a mount that is busy is given: a process that just ended, or is about to
@@ -48,6 +50,9 @@ use below::Posted;
 const BUSY_WAIT: Duration = Duration::from_millis(50);
 /// How often it is given that.
 const BUSY_ATTEMPTS: u32 = 20;
+
+/// Unmounts what others use.
+const DETACH: MntFlags = MntFlags::MNT_DETACH.union(MntFlags::UMOUNT_NOFOLLOW);
 
 /// Lowest number that no process of ours uses for something lasting.
 const FIRST_FREE: i32 = process::CHANNEL;
@@ -78,8 +83,12 @@ pub(crate) struct Mount {
     pub mountpoint: PathBuf,
     /// Device number of the file system, as `stat` shows it.
     device: u64,
+    /// Whether it is of one image among several.
+    own_image: bool,
     /// Of its image, if that is one of several.
     generation: Option<u64>,
+    /// Whether another mount was put in its place: it is served for who still uses it.
+    replaced: AtomicBool,
     serving: Serving,
 }
 
@@ -97,7 +106,7 @@ enum Serving {
     Fuse,
     Erofs(Arc<ErofsMount>),
     /// Images are mounted below it.
-    Directory,
+    Directory(Wish),
 }
 
 /// What came of a request to take a mount down.
@@ -120,6 +129,8 @@ pub(crate) struct Mounts {
     /// The images.
     manager: Arc<Manager>,
     ended: Arc<dyn Fn(Ended) + Send + Sync>,
+    /// The highest number that a mount ever had.
+    last: AtomicU64,
 }
 
 impl fmt::Debug for Mounts {
@@ -146,6 +157,7 @@ impl Mounts {
             keeper,
             manager,
             ended: Arc::new(ended),
+            last: AtomicU64::new(0),
         }
     }
 
@@ -178,7 +190,8 @@ impl Mounts {
         let mut driver = choose(choice, opened.cache.path());
         let mut served = None;
         if driver == Driver::Erofs {
-            match self.erofs(&plan, source, &opened, None) {
+            let parts = (opened.cache.path(), &*opened.blobs);
+            match self.erofs(&plan, source, parts, None) {
                 Err(error) if wish.driver == Choice::Auto => {
                     tracing::warn!("driver fuse after all: {error:#}");
                     driver = Driver::Fuse;
@@ -189,7 +202,8 @@ impl Mounts {
         let served = match served {
             None => self.fuse(&plan, Some(opened)),
             Some(served) => served.and_then(|served| {
-                self.manager.note("/", source, opened)?;
+                let image = self.manager.prepare("/", source, opened)?;
+                self.manager.note(&image)?;
                 Ok(served)
             }),
         };
@@ -216,8 +230,11 @@ impl Mounts {
     }
 
     fn next(&self) -> u64 {
+        // The end of a mount that did not come to be must not be taken for another's.
         let mounts = lock(&self.mounts);
-        mounts.iter().map(|mount| mount.id).max().unwrap_or(0) + 1
+        let known = mounts.iter().map(|mount| mount.id).max().unwrap_or(0);
+        self.last.fetch_max(known, Ordering::Relaxed);
+        self.last.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     fn finish(
@@ -247,7 +264,9 @@ impl Mounts {
             image: saved::image_name(plan.source),
             mountpoint: plan.mountpoint.to_owned(),
             device,
+            own_image: generation.is_some(),
             generation,
+            replaced: AtomicBool::new(false),
             serving,
         });
         lock(&self.mounts).push(Arc::clone(&mount));
@@ -267,7 +286,9 @@ impl Mounts {
         drop(mounts);
         match &mount.serving {
             Serving::Erofs(mount) => mount.release(),
-            Serving::Fuse | Serving::Directory => self.manager.close(),
+            // One of several.
+            Serving::Fuse if mount.own_image => {}
+            Serving::Fuse | Serving::Directory(_) => self.manager.close(),
         }
         if let Some(generation) = mount.generation {
             self.manager.drop_note(generation);
@@ -309,12 +330,15 @@ impl Mounts {
         let session = Session::mount(plan.mountpoint, device.try_clone()?)?;
         let session = Arc::new(session);
         let served = self
-            .serve_fuse(plan.id, &session, plan.threads)
+            .serve_fuse(plan.id, &session, plan.threads, self.manager.vfs())
             .and_then(|()| session.wait_until_served())
             .and_then(|number| {
                 saved.phase = Phase::Served;
                 saved.device = number;
                 save(&saved)?;
+                if let Some(image) = self.manager.vfs().table().image_at("/") {
+                    self.manager.teach(image);
+                }
                 Ok((number, Serving::Fuse))
             });
         served.inspect_err(|_| {
@@ -324,9 +348,17 @@ impl Mounts {
     }
 
     /// Starts the threads.
-    fn serve_fuse(&self, id: u64, session: &Arc<Session>, threads: u16) -> anyhow::Result<()> {
-        let workers = Workers::start(session, self.manager.vfs(), threads)?;
-        self.manager.attach(session);
+    fn serve_fuse(
+        &self,
+        id: u64,
+        session: &Arc<Session>,
+        threads: u16,
+        files: &Arc<Vfs>,
+    ) -> anyhow::Result<()> {
+        let workers = Workers::start(session, files, threads)?;
+        if Arc::ptr_eq(files, self.manager.vfs()) {
+            self.manager.attach(session);
+        }
         self.spawn(id, move || workers.join())
     }
 
@@ -334,28 +366,31 @@ impl Mounts {
         &self,
         plan: &Plan<'_>,
         source: &Source,
-        opened: &Opened,
+        (cache, blobs): (&Path, &[Arc<Blob>]),
         posted: Option<&Posted<'_>>,
     ) -> anyhow::Result<(u64, Serving)> {
         let watch = self.watch()?;
-        let place = Place::new(opened.cache.path(), &source.bootstrap, plan.mountpoint)?;
-        let blobs = &opened.blobs;
+        let place = Place::new(cache, &source.bootstrap, plan.mountpoint)?;
         if let Err(error) = watch.add(blobs) {
             watch.remove(blobs);
             place.remove();
             return Err(error);
         }
+        let (mount, detached) =
+            ErofsMount::prepare(place, blobs.to_vec(), &watch, plan.mountpoint)?;
         let mut saved = Saved::new(plan.id, Driver::Erofs, plan.source, plan.mountpoint);
-        saved.bootstrap = place.bootstrap().to_owned();
-        saved.place = Some(place.dir().to_owned());
+        saved.bootstrap = mount.place().bootstrap().to_owned();
+        saved.place = Some(mount.place().dir().to_owned());
         saved.path = posted.map(|posted| posted.path.to_owned());
         let body = posted.map(Posted::body);
-        self.save_erofs(&saved, &place, blobs, None, body)?;
-        let mount = ErofsMount::mount(place, blobs.clone(), &watch, plan.mountpoint)?;
-        saved.phase = Phase::Served;
-        saved.device = mount.device();
-        self.save_erofs(&saved, mount.place(), blobs, Some(mount.end()), body)
-            .inspect_err(|_| detach(plan.mountpoint))?;
+        let save = |saved: &Saved| self.save_erofs(saved, &mount, blobs, body);
+        let old = posted.and_then(|posted| posted.old.as_ref());
+        let attached = below::attach(&detached, &mut saved, old, &save);
+        drop(detached);
+        if let Err(error) = attached {
+            mount.release();
+            return Err(error);
+        }
         self.serve_erofs(plan.id, mount)
     }
 
@@ -364,14 +399,13 @@ impl Mounts {
     fn save_erofs(
         &self,
         saved: &Saved,
-        place: &Place,
+        mount: &ErofsMount,
         blobs: &[Arc<Blob>],
-        end: Option<&EndWatch>,
         body: Option<BorrowedFd<'_>>,
     ) -> anyhow::Result<()> {
-        let bootstrap = File::open(place.bootstrap())?;
-        let mut files = vec![bootstrap.as_fd(), place.lock().as_fd()];
-        files.extend(end.map(AsFd::as_fd));
+        let bootstrap = File::open(mount.place().bootstrap())?;
+        let lock = mount.place().lock();
+        let mut files = vec![bootstrap.as_fd(), lock.as_fd(), mount.end().as_fd()];
         for blob in blobs {
             files.push(
                 blob.cache_file()
@@ -440,14 +474,19 @@ impl Mounts {
         let mut served = Vec::new();
         for (name, deposit) in inherited.mounts {
             let saved = Saved::parse(&deposit.note)?;
-            if saved.phase == Phase::Served {
+            let in_place = match saved.phase {
+                Phase::Served => true,
+                Phase::Replacing => self.finish_replacing(&saved, &deposit)?,
+                Phase::Mounting => false,
+            };
+            if in_place {
                 served.push((saved, deposit));
                 continue;
             }
             let point = saved.mountpoint.display();
-            tracing::warn!("{point}: its worker died while it mounted; taking it down");
+            tracing::warn!("{point}: its worker died while it mounted; taking that down");
             detach_if(&saved);
-            if saved.driver == Driver::Fuse {
+            if saved.driver == Driver::Fuse && saved.path.is_none() {
                 for (image, _) in &inherited.images {
                     self.keeper.withdraw(image);
                 }
@@ -490,44 +529,93 @@ impl Mounts {
     ) -> anyhow::Result<()> {
         let mut files = deposit.files;
         let origin = saved.origin(&mut files)?;
-        let mut generation = None;
         let mut files = files.into_iter().map(File::from);
         let mut next = || files.next().context("a descriptor is missing");
-        let serving = match saved.driver {
+        let (serving, image) = match saved.driver {
             Driver::Fuse => {
-                let outstanding = match after {
-                    After::Death => FailoverPolicy::Resend,
-                    After::TakeOver(policy) => policy,
+                let device = next()?;
+                let image = match saved.path {
+                    None => None,
+                    Some(_) => Some(self.reopen(saved, &origin, &next()?, source)?.0),
                 };
-                let refuse = outstanding == FailoverPolicy::Flush;
-                let session = Session::adopt(&saved.mountpoint, next()?, refuse);
-                let session = Arc::new(session);
-                self.serve_fuse(saved.id, &session, saved.threads)?;
-                if outstanding == FailoverPolicy::None {
-                    tracing::info!("requests in flight are left as they are");
-                } else if let Err(error) = session.resend() {
-                    tracing::error!("requests in flight wait for ever: {error}");
-                }
-                self.manager.forget_all();
-                Serving::Fuse
+                self.recover_fuse(saved, device, after, image.as_ref())?;
+                (Serving::Fuse, image)
             }
             Driver::Erofs => {
-                let (serving, of_image) = self.recover_erofs(saved, &origin, &mut next, source)?;
-                generation = saved.path.is_some().then_some(of_image);
-                serving
+                let (serving, image) = self.recover_erofs(saved, &origin, &mut next, source)?;
+                (serving, Some(image))
             }
         };
+        // Another one may be in its place by now.
+        let replaced = saved.path.is_some() && !saved.is_mounted();
+        if let Some(image) = image.as_ref().filter(|_| !replaced) {
+            self.manager.note(image)?;
+        }
+        let one_of_several = image.filter(|_| saved.path.is_some());
         let mount = Mount {
             id: saved.id,
             driver: saved.driver,
             image: saved.image.clone(),
             mountpoint: saved.mountpoint.clone(),
             device: saved.device,
-            generation,
+            own_image: one_of_several.is_some(),
+            generation: one_of_several
+                .filter(|_| !replaced)
+                .map(|image| image.generation),
+            replaced: AtomicBool::new(replaced),
             serving,
         };
         lock(&self.mounts).push(Arc::new(mount));
         Ok(())
+    }
+
+    /// Goes on answering for a FUSE mount.
+    ///
+    /// * `image`: the one that has it to itself, if one has.
+    fn recover_fuse(
+        &self,
+        saved: &Saved,
+        device: File,
+        after: After,
+        image: Option<&Arc<Mounted>>,
+    ) -> anyhow::Result<()> {
+        let outstanding = match after {
+            After::Death => FailoverPolicy::Resend,
+            After::TakeOver(policy) => policy,
+        };
+        let refuse = outstanding == FailoverPolicy::Flush;
+        let session = Arc::new(Session::adopt(&saved.mountpoint, device, refuse));
+        let all = self.manager.vfs();
+        let files = image.map_or_else(|| Arc::clone(all), |image| Arc::new(all.of_one(image)));
+        self.serve_fuse(saved.id, &session, saved.threads, &files)?;
+        if outstanding == FailoverPolicy::None {
+            tracing::info!("requests in flight are left as they are");
+        } else if let Err(error) = session.resend() {
+            tracing::error!("requests in flight wait for ever: {error}");
+        }
+        if image.is_none() {
+            self.manager.forget_all();
+        }
+        Ok(())
+    }
+
+    /// Opens an image again, from the very bootstrap that was left.
+    fn reopen(
+        &self,
+        saved: &Saved,
+        origin: &Origin,
+        bootstrap: &File,
+        source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
+    ) -> anyhow::Result<(Arc<Mounted>, Vec<Arc<Blob>>)> {
+        let mut source = source(origin, saved.bootstrap.clone())?;
+        // Whatever is in its place by now.
+        source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
+        source.name.clone_from(&saved.image);
+        let opened = open(&source, self.manager.shared())?;
+        let blobs = opened.blobs.clone();
+        let path = saved.path.as_deref().unwrap_or("/");
+        let image = self.manager.prepare(path, &source, opened)?;
+        Ok((image, blobs))
     }
 
     fn recover_erofs(
@@ -536,16 +624,11 @@ impl Mounts {
         origin: &Origin,
         next: &mut dyn FnMut() -> anyhow::Result<File>,
         source: &dyn Fn(&Origin, PathBuf) -> anyhow::Result<Source>,
-    ) -> anyhow::Result<(Serving, u64)> {
-        let bootstrap = next()?;
-        let mut source = source(origin, saved.bootstrap.clone())?;
-        // The very file, whatever is in its place by now.
-        source.bootstrap = format!("/proc/self/fd/{}", bootstrap.as_raw_fd()).into();
-        source.name.clone_from(&saved.image);
-        let opened = open(&source, self.manager.shared())?;
+    ) -> anyhow::Result<(Serving, Arc<Mounted>)> {
+        let (image, blobs) = self.reopen(saved, origin, &next()?, source)?;
         let lock = next()?;
         let end = EndWatch::adopt(next()?.into());
-        for blob in &opened.blobs {
+        for blob in &blobs {
             let file = blob.cache_file().context("a cache file is missing")?;
             // Another file would be filled, and the mounted one read.
             ensure!(
@@ -555,21 +638,12 @@ impl Mounts {
             );
         }
         let watch = lock_watch(&self.watch)?;
-        watch.add(&opened.blobs)?;
+        watch.add(&blobs)?;
         let dir = saved.place.clone().context("no directory was saved")?;
         let place = Place::adopt(dir, saved.bootstrap.clone(), lock);
-        let mount = ErofsMount::adopt(
-            place,
-            opened.blobs.clone(),
-            &watch,
-            &saved.mountpoint,
-            saved.device,
-            end,
-        );
+        let mount = ErofsMount::adopt(place, blobs, &watch, &saved.mountpoint, saved.device, end);
         let (_, serving) = self.serve_erofs(saved.id, mount)?;
-        let path = saved.path.as_deref().unwrap_or("/");
-        let generation = self.manager.note(path, &source, opened)?;
-        Ok((serving, generation))
+        Ok((serving, image))
     }
 }
 
@@ -681,7 +755,7 @@ impl Inherited {
 impl Mount {
     /// Whether it is a place for images, and nothing is mounted on it.
     pub(crate) fn is_directory(&self) -> bool {
-        matches!(self.serving, Serving::Directory)
+        matches!(self.serving, Serving::Directory(_))
     }
 
     /// Unmounts, unless somebody uses the mount: then it stays, and goes on being served.
@@ -689,6 +763,9 @@ impl Mount {
     /// # Errors
     /// When the kernel refuses for another reason.
     pub(crate) fn take_down(&self) -> anyhow::Result<TakenDown> {
+        if self.replaced.load(Ordering::Relaxed) {
+            return Ok(TakenDown::Unmounted);
+        }
         take_down(&self.mountpoint, self.device)
     }
 
@@ -732,7 +809,7 @@ pub(crate) fn take_down(mountpoint: &Path, device: u64) -> anyhow::Result<TakenD
 
 /// Takes down what is mounted at `mountpoint`, whoever uses it.
 fn detach(mountpoint: &Path) {
-    let _ = umount2(mountpoint, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    let _ = umount2(mountpoint, DETACH);
 }
 
 /// Takes down a half-made mount, if it got that far.
@@ -741,7 +818,11 @@ fn detach_if(saved: &Saved) {
         Driver::Fuse => "fuse",
         Driver::Erofs => "erofs",
     };
-    if mountinfo::at(&saved.mountpoint).is_some_and(|entry| entry.kind == kind) {
+    let is_it = |entry: &mountinfo::Entry| match saved.device {
+        0 => entry.kind == kind,
+        device => entry.device_number() == device,
+    };
+    if mountinfo::at(&saved.mountpoint).is_some_and(|entry| is_it(&entry)) {
         detach(&saved.mountpoint);
     }
 }

@@ -7,8 +7,8 @@
 //! They are looked at and stay in the queue, so a supervisor may offer the same bundle
 //! as often as it wants.
 
-use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::io::{self, IoSlice, Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -16,13 +16,13 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, ensure};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    connect, getsockopt, recvmsg, sendmsg, setsockopt, socket, socketpair, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt,
+    sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 use nix::sys::time::TimeVal;
 
 use super::state::{MAX_FILES, MAX_LEN};
-use crate::keeper::channel::MAX_FILES as MAX_PER_MESSAGE;
+use crate::keeper::rights::{self, MAX_FILES as MAX_PER_MESSAGE};
 
 /// How long the other side may take for a step.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -61,8 +61,8 @@ pub(super) fn send(path: &Path, text: &[u8], files: &[BorrowedFd<'_>]) -> anyhow
 pub(super) fn receive(path: &Path) -> anyhow::Result<(Vec<u8>, Option<OwnedFd>)> {
     let stream = open(path)?;
     let mut text = vec![0; PART];
-    let (len, mut files) = receive_part(stream.as_raw_fd(), &mut text, MsgFlags::empty())
-        .context("the supervisor sends no state")?;
+    let (len, mut files) =
+        rights::receive(stream.as_fd(), &mut text, 0).context("the supervisor sends no state")?;
     text.truncate(len);
     let limit = u64::try_from(MAX_LEN + 1 - len)?;
     if len > 0 {
@@ -135,8 +135,8 @@ pub(super) fn unpack(bundle: &OwnedFd, count: usize) -> anyhow::Result<Vec<Owned
     let mut files = Vec::new();
     while files.len() < count {
         let mut found = [0; LABEL];
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let (len, part) = receive_part(bundle.as_raw_fd(), &mut found, flags)
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        let (len, part) = rights::receive(bundle.as_fd(), &mut found, flags)
             .map_err(|error| anyhow!("{} of {count} descriptors came: {error}", files.len()))?;
         ensure!(len > 0, "{} of {count} descriptors came", files.len());
         // Somebody else who looks at the same time would get every other message.
@@ -181,41 +181,9 @@ fn label(first: usize, count: usize) -> [u8; LABEL] {
     label
 }
 
-/// One message, with its descriptors.
-fn receive_part(
-    socket: RawFd,
-    text: &mut [u8],
-    flags: MsgFlags,
-) -> anyhow::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([RawFd; MAX_PER_MESSAGE]);
-    loop {
-        let mut parts = [IoSliceMut::new(text)];
-        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
-        let received = match recvmsg::<()>(socket, &mut parts, Some(&mut space), flags) {
-            Err(Errno::EINTR) => continue,
-            received => received?,
-        };
-        let mut files = Vec::new();
-        let cut = received.flags.contains(MsgFlags::MSG_CTRUNC);
-        if let Ok(controls) = received.cmsgs() {
-            for control in controls {
-                if let ControlMessageOwned::ScmRights(numbers) = control {
-                    for number in numbers {
-                        // SAFETY: the kernel has just opened it for us.
-                        files.push(unsafe { OwnedFd::from_raw_fd(number) });
-                    }
-                }
-            }
-        }
-        ensure!(!cut, "out of descriptors");
-        return Ok((received.bytes, files));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::AsFd as _;
     use std::os::unix::fs::FileExt as _;
     use std::os::unix::net::UnixListener;
 
@@ -276,8 +244,7 @@ mod tests {
             let sent = scope.spawn(|| send(&path, &long, &[file.as_fd()]));
             let (mut stream, _) = listener.accept().unwrap();
             let mut text = vec![0; PART];
-            let (len, files) =
-                receive_part(stream.as_raw_fd(), &mut text, MsgFlags::empty()).unwrap();
+            let (len, files) = rights::receive(stream.as_fd(), &mut text, 0).unwrap();
             text.truncate(len);
             stream.read_to_end(&mut text).unwrap();
             sent.join().unwrap().unwrap();

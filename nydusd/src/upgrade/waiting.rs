@@ -18,8 +18,9 @@ use anyhow::{Context as _, ensure};
 
 use super::{LOOK, POSTED};
 use crate::busy;
+use crate::driver::Driver;
 use crate::keeper::{Deposits, Holder as Keeper, text};
-use crate::manager::saved::Origin;
+use crate::manager::saved::{self as images, Origin};
 use crate::manager::{ManageError, normal};
 use crate::mountinfo;
 use crate::mounts::saved::{MOUNT, Saved};
@@ -131,6 +132,40 @@ impl Waiting {
         Ok(())
     }
 
+    /// The images that were taken over or asked for: by path, how they came into the mount.
+    ///
+    /// # Errors
+    /// What was taken over cannot be read.
+    pub(crate) fn images(&self) -> anyhow::Result<BTreeMap<String, Origin>> {
+        let is_image = |name: &str| name == images::TABLE || name.starts_with(images::IMAGE);
+        let taken = |name: &str| name.starts_with(MOUNT) || is_image(name);
+        let deposits = self.keeper.copies(taken)?;
+        let (in_mount, mounts): (Vec<_>, Vec<_>) =
+            deposits.into_iter().partition(|(name, _)| is_image(name));
+        let in_mount = in_mount.iter().map(|(name, left)| (name.as_str(), left));
+        let mut all: BTreeMap<_, _> = images::mounted(in_mount)?
+            .into_iter()
+            .map(|image| (image.path, image.origin))
+            .collect();
+        let mut own = Vec::new();
+        for (_, mut deposit) in mounts {
+            let saved = Saved::parse(&deposit.note)?;
+            // What was replaced is served to its end, and is no image of a path.
+            let is_image = saved.path.is_some() || saved.driver == Driver::Erofs;
+            if is_image && !saved.directory && saved.is_mounted() {
+                let origin = saved.origin(&mut deposit.files)?;
+                own.push((saved.path.unwrap_or_else(|| "/".to_owned()), origin));
+            }
+        }
+        all.extend(own);
+        let posted = self.posted.lock().unwrap_or_else(PoisonError::into_inner);
+        for (path, body) in posted.iter() {
+            let asked = || Origin::Api(body.clone().into_bytes());
+            all.entry(path.clone()).or_insert_with(asked);
+        }
+        Ok(all)
+    }
+
     fn save(&self, posted: &Posted) -> anyhow::Result<()> {
         let memory = text::store(&serde_json::to_vec(posted)?)?;
         self.keeper
@@ -204,7 +239,8 @@ pub(crate) fn take_down(keeper: &Keeper) -> anyhow::Result<bool> {
     }
     for deposit in keeper.copies(|name| name.starts_with(MOUNT))?.values() {
         let saved = Saved::parse(&deposit.note)?;
-        if saved.directory {
+        // One that was replaced is not there any more.
+        if saved.directory || !saved.is_mounted() {
             continue;
         }
         let place = saved.mountpoint.display();

@@ -36,6 +36,7 @@ fn mount(vfs: &Vfs, path: &str, file: &str) -> u8 {
         path: path.to_owned(),
         files,
         generation,
+        stamp: generation,
         stats: Stats::default(),
         about: Default::default(),
     };

@@ -7,6 +7,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -139,11 +140,16 @@ impl<'a> Attempt<'a> {
         let step = self.open_map()?;
         drop(guard);
         match step {
-            Ok(map) => Ok(Step::Done(OpenFiles::new(
-                self.data,
-                map,
-                self.paths.clone(),
-            ))),
+            Ok(map) => {
+                let chunk_locks = open_again(&self.data).map_err(self.failed("opening again"))?;
+                let paths = self.paths.clone();
+                Ok(Step::Done(OpenFiles::new(
+                    self.data,
+                    chunk_locks,
+                    map,
+                    paths,
+                )))
+            }
             Err(step) => Ok(step),
         }
     }
@@ -234,6 +240,12 @@ fn open_data(path: &Path) -> io::Result<File> {
             "not a regular file",
         ))
     }
+}
+
+/// Opens the very file again, whatever is at its path by now.
+fn open_again(file: &File) -> io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    OpenOptions::new().read(true).write(true).open(path)
 }
 
 pub(super) fn remove(path: &Path) -> io::Result<()> {

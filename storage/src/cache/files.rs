@@ -68,6 +68,9 @@ pub(crate) struct BlobFiles {
 #[derive(Debug)]
 pub(crate) struct OpenFiles {
     pub(crate) data: File,
+    /// The same file, opened for [`ChunkLock`]s alone. Copies of `data` are handed to
+    /// other processes, which outlive this one and what it was about to fetch.
+    chunk_locks: File,
     pub(crate) map: ReadyMap,
     paths: Paths,
     /// Set when the data file turned out to be shorter than it must be.
@@ -84,9 +87,10 @@ struct Trouble {
 }
 
 impl OpenFiles {
-    pub(super) fn new(data: File, map: ReadyMap, paths: Paths) -> Self {
+    pub(super) fn new(data: File, chunk_locks: File, map: ReadyMap, paths: Paths) -> Self {
         let files = Self {
             data,
+            chunk_locks,
             map,
             paths,
             damaged: AtomicBool::new(false),
@@ -228,7 +232,7 @@ impl BlobFiles {
     /// `Some(None)` if another one has it. `None` if there is nothing to agree about:
     /// no files, or a file system without locks.
     pub(crate) fn lock_chunk(&self, index: ChunkIndex) -> Option<Option<ChunkLock<'_>>> {
-        ChunkLock::try_take(&self.get()?.data, index).ok()
+        ChunkLock::try_take(&self.get()?.chunk_locks, index).ok()
     }
 
     /// Takes note that the data file ended before its length: what the map says about

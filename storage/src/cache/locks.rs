@@ -2,8 +2,10 @@
 //!
 //! They are open-file-description locks on the data file of a blob. The kernel ends
 //! them when the last descriptor of the open file is closed: with their owner, however
-//! it dies, or with the last process that it handed the descriptor to. The ranges are
-//! only names and have nothing to do with the bytes of the file:
+//! it dies, or with the last process that it handed the descriptor to. So chunks, which
+//! nobody fetches any more after such a death, are locked through an open file that is
+//! handed to nobody. The ranges are only names and have nothing to do with the bytes of
+//! the file:
 //!
 //! | range | shared | exclusive |
 //! |---|---|---|

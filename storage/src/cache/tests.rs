@@ -130,6 +130,23 @@ fn what_cannot_be_opened_is_reported_and_opened_later() {
 
 const SIZE: u64 = 3 * 4096;
 
+/// A copy of the data file's descriptor keeps the blob in use, and nothing else: who has
+/// it does not fetch.
+#[test]
+fn chunks_of_a_dead_process_are_free_whoever_has_its_data_file() {
+    let top = tempfile::tempdir().unwrap();
+    let dir = CacheDir::open(top.path()).unwrap();
+    let files = open(&dir, SIZE);
+    let handed_over = files.get().unwrap().data.try_clone().unwrap();
+    // It dies before it comes to give the lock back.
+    std::mem::forget(files.lock_chunk(c(1)).unwrap().unwrap());
+    let other = open(&dir, SIZE);
+    assert!(other.lock_chunk(c(1)).unwrap().is_none());
+    drop(files);
+    assert!(other.lock_chunk(c(1)).unwrap().is_some());
+    drop(handed_over);
+}
+
 #[test]
 fn images_that_agree_share_what_is_ready() {
     let top = tempfile::tempdir().unwrap();
