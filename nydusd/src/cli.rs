@@ -294,7 +294,8 @@ pub(crate) struct FuseOptions {
     pub fuse_threads: Option<u16>,
 
     /// What serves the mount: the kernel's EROFS, or FUSE; `auto` tries in that order. For
-    /// images of the control API `auto` means FUSE [default: fuse]
+    /// images of the control API it tries once, in the cache directory of --config, and means
+    /// FUSE without that [default: fuse]
     #[arg(long, value_name = "driver")]
     pub driver: Option<Choice>,
 

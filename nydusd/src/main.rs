@@ -49,7 +49,8 @@ use clap::Parser as _;
 
 use api::{Api, Server};
 use cli::{Cli, FuseOptions, Global, Task};
-use driver::Choice;
+use config::Config;
+use driver::{Choice, Driver};
 use keeper::channel::Channel;
 use keeper::{Deposit, Holder, Receiver, process};
 use logging::Logs;
@@ -357,9 +358,7 @@ fn first_mount(
             let mountpoint = options.mountpoint.context("--mountpoint is missing")?;
             let Some((source, configured)) = described else {
                 let config = global.config.as_deref().map(mounts::load_config);
-                let configured = config.transpose()?.and_then(|config| config.driver);
-                // Whether the kernel can serve an image is known when there is one.
-                if options.driver.or(configured) == Some(Choice::Erofs) {
+                if is_for_the_kernel(options.driver, config.transpose()?)? {
                     return mounts.open_directory(&mountpoint);
                 }
                 return mounts.mount_empty(&mountpoint, threads);
@@ -383,6 +382,20 @@ fn first_mount(
         Task::Control(_) => bail!("nothing is mounted by this command"),
     };
     mounts.mount(&source, &mountpoint, wish)
+}
+
+/// Whether the kernel is to serve images that come later. `auto` is decided by the cache
+/// directory of the configuration file; without one nothing can be tried.
+fn is_for_the_kernel(asked: Option<Choice>, config: Option<Config>) -> anyhow::Result<bool> {
+    let configured = config.as_ref().and_then(|config| config.driver);
+    match (asked.or(configured), config) {
+        (Some(Choice::Auto), Some(config)) => {
+            let cache = &config.cache.dir;
+            std::fs::create_dir_all(cache).with_context(|| cache.display().to_string())?;
+            Ok(driver::choose(Choice::Auto, cache) == Driver::Erofs)
+        }
+        (choice, _) => Ok(choice == Some(Choice::Erofs)),
+    }
 }
 
 /// The image that bootstrap and configuration describe, and the driver if it is

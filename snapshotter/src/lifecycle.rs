@@ -454,8 +454,8 @@ impl Snapshots {
         }
         let mut image = Image::new(record, &self.layout)?;
         image.account = account;
-        self.daemons.attach(&image)?;
-        Ok(Some((at, image.mountpoint)))
+        let mountpoint = self.daemons.attach(&image)?;
+        Ok(Some((at, mountpoint)))
     }
 
     /// The root directory of a container looks like that of its image.

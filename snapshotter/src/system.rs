@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::daemons::process;
+use crate::daemons::{Instance, process};
 use crate::error::{Error, chain};
 use crate::lifecycle::Snapshots;
 use crate::store::Kind;
@@ -186,8 +186,7 @@ fn images(snapshots: &Snapshots) -> Result<String, Error> {
     let images = records.iter().filter(|record| images::is_image(record));
     let list: Vec<_> = images
         .map(|record| {
-            let mountpoint = snapshots.layout.mountpoint(record.id);
-            let driver = process::kind_of_mount(&mountpoint);
+            let driver = snapshots.daemons.driver_of(record.id);
             json!({
                 "reference": labels::image_ref(&record.labels),
                 "snapshot_id": record.id.to_string(),
@@ -217,26 +216,35 @@ fn daemons(snapshots: &Snapshots) -> String {
     let list: Vec<_> = list
         .into_iter()
         .map(|daemon| {
-            let id = daemon.snapshot_id.to_string();
-            let instance = json!({
-                "snapshot_id": id,
-                "snapshot_dir": snapshots.layout.snapshot(daemon.snapshot_id),
-                "mountpoint": daemon.mountpoint,
-                "image_id": daemon.image_id,
-            });
+            let instances: serde_json::Map<_, _> = daemon
+                .images
+                .iter()
+                .map(|image| instance(snapshots, image))
+                .collect();
             json!({
-                "id": id,
+                "id": daemon.id,
                 "pid": daemon.pid.unwrap_or_default(),
-                "api_socket": "",
+                "api_socket": daemon.api_socket,
                 "supervisor_path": daemon.supervisor_path,
-                "reference": 1,
+                "reference": instances.len(),
                 "mountpoint": daemon.mountpoint,
                 "memory_rss_kb": memory.get(&daemon.group.unwrap_or_default()).unwrap_or(&0),
-                "instances": {id.clone(): instance},
+                "instances": instances,
             })
         })
         .collect();
     json!(list).to_string()
+}
+
+fn instance(snapshots: &Snapshots, image: &Instance) -> (String, Value) {
+    let id = image.snapshot_id.to_string();
+    let described = json!({
+        "snapshot_id": id,
+        "snapshot_dir": snapshots.layout.snapshot(image.snapshot_id),
+        "mountpoint": image.mountpoint,
+        "image_id": image.image_id,
+    });
+    (id, described)
 }
 
 /// Numbers in Prometheus' text format.

@@ -8,6 +8,7 @@
 //! - [`layers`]: changes of layers, seen through the mounts
 //! - [`crash`]: the plugin killed at any moment, and its directory damaged
 //! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
+//! - [`shared`]: one daemon that serves all images, or one for each, and the change
 //! - [`images`]: other ways in which images are made, and many pods of one
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
@@ -25,6 +26,7 @@ mod images;
 mod layers;
 mod node;
 mod pods;
+mod shared;
 mod suite;
 mod system;
 

@@ -10,11 +10,17 @@ use support::plugin::Mounted;
 use support::registry::{Auth, PASSWORD, USER};
 use support::tree::nasty;
 
-use crate::node::{Node, check_part, is_empty, kill_the_daemon, reader, sums, wait_for};
+use crate::node::{MODES, Node, check_part, is_empty, kill_the_daemon, reader, sums, wait_for};
 
 #[test]
 fn a_pod_starts_without_its_data() {
-    let node = Node::new(Auth::Open);
+    for mode in MODES {
+        start_without_data(mode);
+    }
+}
+
+fn start_without_data(mode: &str) {
+    let node = Node::in_mode(Auth::Open, None, mode);
     let mut cri = node.containerd.cri().unwrap();
     let image = node.registry.reference("app:nydus");
     let pod = cri.run_pod("lazy", &node.logs()).unwrap();
@@ -107,10 +113,12 @@ fn ordinary_images_and_the_other_snapshotter() {
 
 #[test]
 fn credentials_are_used_and_never_written() {
-    let node = Node::new(Auth::Basic);
-    let mut images = node.containerd.cri().unwrap();
-    run_with_credentials(&node, &mut images);
-    images.remove_all_pods().unwrap();
+    for mode in MODES {
+        let node = Node::in_mode(Auth::Basic, None, mode);
+        let mut images = node.containerd.cri().unwrap();
+        run_with_credentials(&node, &mut images);
+        images.remove_all_pods().unwrap();
+    }
 }
 
 /// The plugin has no credentials of its own, and sees those of pulls.
@@ -179,7 +187,13 @@ fn run_with_credentials(node: &Node, images: &mut Cri) -> String {
 /// is found again.
 #[test]
 fn restarts_are_not_noticed() {
-    let mut node = Node::new(Auth::Open);
+    for mode in MODES {
+        restart(mode);
+    }
+}
+
+fn restart(mode: &str) {
+    let mut node = Node::in_mode(Auth::Open, None, mode);
     let mut cri = node.containerd.cri().unwrap();
     cri.pull(&node.registry.reference("app:nydus"), None)
         .unwrap();

@@ -70,6 +70,13 @@ impl Plugin {
         Ok(plugin)
     }
 
+    /// Has its next life configured otherwise.
+    ///
+    /// * `configuration`: as for [`Plugin::start`].
+    pub fn configure(&mut self, configuration: &str) {
+        configuration.clone_into(&mut self.configuration);
+    }
+
     /// Starts it after it has ended.
     ///
     /// # Errors
@@ -276,6 +283,12 @@ impl Drop for Plugin {
         {
             detach(&entry.path().join("mnt"));
         }
+        let shared = self.root().join("mnt");
+        // Directories that a mount shows, and its daemon is gone, cannot be listed.
+        for entry in std::fs::read_dir(&shared).into_iter().flatten().flatten() {
+            detach(&entry.path());
+        }
+        detach(&shared);
     }
 }
 
