@@ -368,6 +368,48 @@ impl Daemons {
         }
     }
 
+    /// The images that the daemon called `name` serves, or the one with this id.
+    fn images_of(&self, name: &str) -> Vec<Image> {
+        let places: Vec<(u64, Place)> = {
+            let places = lock(&self.places);
+            let all = places.iter().map(|(id, place)| (*id, place.clone()));
+            all.collect()
+        };
+        let asked = places.into_iter().filter(|(id, place)| {
+            let of_all = name == label(SHARED) && matches!(place, Place::Shared(_));
+            of_all || name == id.to_string()
+        });
+        let images = asked.filter_map(|(_, place)| match place {
+            Place::Own(slot) => lock(&slot).wanted.as_ref()?.image.clone(),
+            Place::Shared(member) => member.image(),
+        });
+        images.collect()
+    }
+
+    /// Where the data of an image come from, with credentials; `None` if no daemon and no
+    /// image has this name.
+    ///
+    /// # Errors
+    /// The daemon has several images.
+    pub fn backend(&self, name: &str) -> Result<Option<serde_json::Value>, Error> {
+        match self.images_of(name).as_slice() {
+            [] => Ok(None),
+            [image] => self.settings.backend(image).map(Some),
+            several => {
+                let ids: Vec<String> = several.iter().map(|image| image.id.to_string()).collect();
+                let ids = ids.join(", ");
+                let reason = format!("it serves several images: ask for one of {ids}");
+                Err(Error::Invalid(reason))
+            }
+        }
+    }
+
+    /// What is to be fetched first of images that are mounted next.
+    #[must_use]
+    pub fn prefetch(&self) -> &crate::prefetch::Lists {
+        self.settings.prefetch()
+    }
+
     /// How often a daemon was replaced.
     #[must_use]
     pub fn restarts(&self) -> u64 {

@@ -43,6 +43,8 @@ pub struct Snapshots {
     collect_cache: bool,
     sync_remove: bool,
     volatile: bool,
+    /// The program that the configuration names for daemons.
+    pub(crate) configured: PathBuf,
 }
 
 impl Snapshots {
@@ -64,6 +66,7 @@ impl Snapshots {
             collect_cache: !config.cache_manager.disable,
             sync_remove: config.snapshot.sync_remove,
             volatile: config.snapshot.enable_overlayfs_volatile,
+            configured: config.daemon.nydusd_path.clone(),
         })
     }
 

@@ -13,6 +13,7 @@
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
 //! - [`system`]: what the plugin tells, and its daemons replaced while containers read
+//! - [`wishes`]: what the plugin is told at run time
 
 #![allow(
     clippy::unwrap_used,
@@ -29,6 +30,7 @@ mod pods;
 mod shared;
 mod suite;
 mod system;
+mod wishes;
 
 use std::path::{Path, PathBuf};
 

@@ -78,10 +78,11 @@ impl Node {
     }
 
     /// A node whose plugin has no credentials, but is the image service of kubelet.
-    pub(crate) fn with_image_service(auth: Auth) -> Self {
+    pub(crate) fn with_image_service(auth: Auth, mode: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let configuration = format!(
-            "[remote.auth]\nenable_cri_keychain = true\nimage_service_address = {:?}\n",
+            "{}[remote.auth]\nenable_cri_keychain = true\nimage_service_address = {:?}\n",
+            configuration(directory.path(), None, mode),
             directory.path().join("containerd.sock")
         );
         Self::assemble(directory, auth, &configuration, false)

@@ -15,11 +15,13 @@ use crate::node::{MODES, Node, check_part, is_empty, kill_the_daemon, reader, su
 #[test]
 fn a_pod_starts_without_its_data() {
     for mode in MODES {
-        start_without_data(mode);
+        let (pulled, started) = start_without_data(mode);
+        println!("fetched {pulled} bytes to pull and {started} to run; 8000000 are never read");
     }
 }
 
-fn start_without_data(mode: &str) {
+/// Returns what was fetched to pull an image and to run a program from it.
+fn start_without_data(mode: &str) -> (u64, u64) {
     let node = Node::in_mode(Auth::Open, None, mode);
     let mut cri = node.containerd.cri().unwrap();
     let image = node.registry.reference("app:nydus");
@@ -35,7 +37,6 @@ fn start_without_data(mode: &str) {
     );
     let first = reader(&node, &mut cri, &pod, "first");
     let started = node.registry.traffic_since(mark).bytes;
-    println!("fetched {pulled} bytes to pull and {started} to run; 8000000 are never read");
     assert!(pulled < 200_000, "{pulled}");
     assert!(started < 6_000_000, "{started}");
 
@@ -80,6 +81,7 @@ fn start_without_data(mode: &str) {
         let mut left = fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap());
         left.all(|entry| entry.file_name() == "mounts" && is_empty(&entry.path()))
     });
+    (pulled, started)
 }
 
 #[test]
@@ -124,7 +126,13 @@ fn credentials_are_used_and_never_written() {
 /// The plugin has no credentials of its own, and sees those of pulls.
 #[test]
 fn credentials_of_pulls_are_remembered_and_never_written() {
-    let mut node = Node::with_image_service(Auth::Basic);
+    for mode in MODES {
+        remember_credentials(mode);
+    }
+}
+
+fn remember_credentials(mode: &str) {
+    let mut node = Node::with_image_service(Auth::Basic, mode);
     let mut images = Cri::connect(&node.plugin.address()).unwrap();
     let refused = images.pull(&node.registry.reference("app:nydus"), Some((USER, "wrong")));
     let refused = format!("{:#}", refused.unwrap_err());

@@ -42,6 +42,7 @@ pub struct Plugin {
     directory: PathBuf,
     environment: Vec<(String, PathBuf)>,
     configuration: String,
+    program: PathBuf,
     starts: u32,
 }
 
@@ -64,6 +65,7 @@ impl Plugin {
                 .map(|(k, v)| ((*k).to_owned(), v.clone()))
                 .collect(),
             configuration: configuration.to_owned(),
+            program: nydusd_path()?,
             starts: 0,
         };
         plugin.start_again()?;
@@ -75,6 +77,11 @@ impl Plugin {
     /// * `configuration`: as for [`Plugin::start`].
     pub fn configure(&mut self, configuration: &str) {
         configuration.clone_into(&mut self.configuration);
+    }
+
+    /// Has its next life told of another nydusd.
+    pub fn configure_program(&mut self, program: &Path) {
+        program.clone_into(&mut self.program);
     }
 
     /// Starts it after it has ended.
@@ -114,7 +121,7 @@ impl Plugin {
             .arg("--config")
             .arg(config)
             .arg("--nydusd")
-            .arg(nydusd_path()?);
+            .arg(&self.program);
         command.arg("--log-level").arg("debug");
         command.env("DOCKER_CONFIG", self.directory.join("no-credentials"));
         command.envs(self.environment.iter().cloned());

@@ -25,6 +25,7 @@ use crate::images::Image;
 use crate::keychain::Keychain;
 use crate::lifecycle::make_directory;
 use crate::mounts::Layout;
+use crate::prefetch::Lists;
 
 /// Variable from which nydusd takes credentials: base64 of `user:password`.
 const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
@@ -41,6 +42,7 @@ pub struct Settings {
     shared: bool,
     template: Map<String, Value>,
     keychain: Arc<Keychain>,
+    prefetch: Lists,
     /// What daemons had that were found again, by image.
     found: Mutex<BTreeMap<u64, String>>,
     runtime: tokio::runtime::Handle,
@@ -77,6 +79,7 @@ impl Settings {
             shared: config.is_shared(),
             template: template::read(&config.daemon.nydusd_config)?,
             keychain,
+            prefetch: Lists::default(),
             found: Mutex::default(),
             runtime,
         })
@@ -158,12 +161,19 @@ impl Settings {
         let mut command = Command::new(program);
         // Not what this process may have been given for itself.
         command.env_remove(AUTH_VARIABLE);
+        let directory = self.config_dir(service.id);
+        make_directory(&directory, 0o700)?;
         let config = match &service.image {
             Some(image) => {
                 let place = place_of(image)?;
                 command.arg("--bootstrap").arg(&image.bootstrap);
                 if let Some(word) = self.password(image, &place)? {
                     command.env(AUTH_VARIABLE, word);
+                }
+                if let Some(list) = self.prefetch.take(&image.reference) {
+                    let file = directory.join("prefetch");
+                    write(&file, &list.join("\n"))?;
+                    command.arg("--prefetch-files").arg(file);
                 }
                 self.config(image.id, &place, held)
             }
@@ -174,8 +184,6 @@ impl Settings {
                 self.shared_config(held)
             }
         };
-        let directory = self.config_dir(service.id);
-        make_directory(&directory, 0o700)?;
         let file = directory.join("config.json");
         write(&file, &config.to_string())?;
         command.arg("--config").arg(&file);
@@ -189,6 +197,29 @@ impl Settings {
 
     /// What the daemon of all images is asked to serve one with, and the credentials in it.
     pub(crate) fn request(&self, image: &Image) -> Result<(Value, Option<String>), Error> {
+        let (config, auth) = self.whole_config(image)?;
+        let request = json!({
+            "fs_type": "rafs",
+            "source": image.bootstrap,
+            "config": config.to_string(),
+            "prefetch_files": self.prefetch.take(&image.reference),
+        });
+        Ok((request, auth))
+    }
+
+    /// Where the data of an image come from, with credentials.
+    pub(crate) fn backend(&self, image: &Image) -> Result<Value, Error> {
+        let (mut config, _) = self.whole_config(image)?;
+        Ok(config["device"]["backend"].take())
+    }
+
+    /// What is to be fetched first of images that are mounted next.
+    pub(crate) fn prefetch(&self) -> &Lists {
+        &self.prefetch
+    }
+
+    /// The configuration for one image, with the credentials that were found, if any.
+    fn whole_config(&self, image: &Image) -> Result<(Value, Option<String>), Error> {
         let place = place_of(image)?;
         let auth = self.password(image, &place)?;
         let mut config = self.config(image.id, &place, true);
@@ -196,12 +227,7 @@ impl Settings {
         if let (Some(auth), true) = (&auth, backend["type"] == json!("registry")) {
             backend["config"]["auth"] = json!(auth);
         }
-        let request = json!({
-            "fs_type": "rafs",
-            "source": image.bootstrap,
-            "config": config.to_string(),
-        });
-        Ok((request, auth))
+        Ok((config, auth))
     }
 
     /// The credentials that somebody has given for this image, if any: not those that are

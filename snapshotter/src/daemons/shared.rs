@@ -50,6 +50,11 @@ impl Member {
             state: Mutex::default(),
         })
     }
+
+    /// The image, if it was asked for.
+    pub(super) fn image(&self) -> Option<Image> {
+        lock(&self.state).wanted.clone()
+    }
 }
 
 impl Daemons {

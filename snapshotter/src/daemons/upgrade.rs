@@ -116,6 +116,17 @@ impl Daemons {
         Ok(())
     }
 
+    /// Starts daemons with the program of an earlier upgrade, if that is still good. Call
+    /// before any is started.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn start_with(&self, path: &Path) -> Result<(), Error> {
+        let program = Program::check(path, "")?;
+        self.settings.set_program(&program.path);
+        Ok(())
+    }
+
     fn ids(&self) -> Vec<u64> {
         let places = lock(&self.places);
         let own = places
