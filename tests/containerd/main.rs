@@ -23,6 +23,8 @@
 mod chaos;
 mod crash;
 mod deaths;
+#[path = "../bin/demo/image.rs"]
+mod demo;
 mod images;
 mod layers;
 mod node;
