@@ -178,10 +178,7 @@ fn registry(config: &config::Registry, metrics: Arc<Metrics>) -> anyhow::Result<
     };
     settings.auth = match config.login.clone() {
         Login::Anonymous => Credentials::Anonymous,
-        Login::Basic { user, password } => Credentials::Basic {
-            username: user,
-            password,
-        },
+        Login::Basic { user, password } => Credentials::of_pair(&user, &password),
         Login::Bearer(token) => Credentials::Bearer(token),
     };
     let defaults = settings.timeouts;

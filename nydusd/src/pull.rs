@@ -173,10 +173,7 @@ async fn credentials_of(reference: &ImageRef) -> anyhow::Result<Option<Credentia
         return Ok(None);
     };
     if let Some(Login::Basic { user, password }) = mounts::login_from_environment()? {
-        return Ok(Some(Credentials::Basic {
-            username: user,
-            password,
-        }));
+        return Ok(Some(Credentials::of_pair(&user, &password)));
     }
     Ok(Some(credentials::lookup(&name.host).await?))
 }

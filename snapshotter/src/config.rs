@@ -30,7 +30,7 @@ pub struct Config {
     pub root: PathBuf,
     /// Socket for containerd.
     pub address: PathBuf,
-    /// Daemons: `multiple` or `dedicated`, both one per image.
+    /// Daemons: `shared`, one for all images; `multiple` or `dedicated`, one per image.
     pub daemon_mode: String,
     /// Section `daemon`.
     pub daemon: Daemon,
@@ -134,7 +134,7 @@ impl Default for Config {
             version: 1,
             root: "/var/lib/containerd/io.containerd.snapshotter.v1.nydus".into(),
             address: "/run/containerd-nydus/containerd-nydus-grpc.sock".into(),
-            daemon_mode: "multiple".to_owned(),
+            daemon_mode: "shared".to_owned(),
             daemon: Daemon::default(),
             log: Log::default(),
             metrics: Metrics::default(),
@@ -240,10 +240,9 @@ impl Config {
             return wrong("remote.auth.image_service_address", "an absolute path");
         }
         match self.daemon_mode.as_str() {
-            "multiple" | "dedicated" | "" => {}
-            "shared" => return Err(missing("daemon_mode", "one daemon for all images")),
+            "shared" | "multiple" | "dedicated" | "" => {}
             "none" => return Err(missing("daemon_mode", "mounting without a daemon")),
-            _ => return wrong("daemon_mode", "\"multiple\" or \"dedicated\""),
+            _ => return wrong("daemon_mode", "\"shared\", \"multiple\" or \"dedicated\""),
         }
         match self.daemon.fs_driver.as_str() {
             "fusedev" | "" => {}
@@ -269,6 +268,12 @@ impl Config {
             "trace" | "debug" | "info" | "warn" | "error" => Ok(()),
             _ => wrong("log.level", "trace, debug, info, warn or error"),
         }
+    }
+
+    /// Whether one daemon serves all images.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        matches!(self.daemon_mode.as_str(), "shared" | "")
     }
 
     /// Directory of fetched data.
@@ -410,6 +415,7 @@ mod tests {
     fn nothing_is_needed() {
         let (config, warnings) = Config::parse("").unwrap();
         assert!(warnings.is_empty());
+        assert!(config.is_shared());
         assert_eq!(config.cache_dir(), config.root.join("cache"));
     }
 
@@ -433,6 +439,7 @@ mod tests {
         "#;
         let (config, warnings) = Config::parse(text).unwrap();
         assert_eq!(config.daemon.threads_number, 4);
+        assert!(!config.is_shared());
         let warnings = warnings.join("; ");
         assert!(warnings.contains("future.key"), "{warnings}");
         assert!(warnings.contains("cache_manager.gc_period"), "{warnings}");
@@ -445,7 +452,8 @@ mod tests {
             ("version = 2", "version"),
             ("root = 'relative'", "root"),
             ("root = '/with:colon'", "root"),
-            ("daemon_mode = 'shared'", "daemon_mode"),
+            ("daemon_mode = 'none'", "daemon_mode"),
+            ("daemon_mode = 'many'", "daemon_mode"),
             ("[daemon]\nfs_driver = 'fscache'", "daemon.fs_driver"),
             ("[daemon]\nthreads_number = 2000", "threads_number"),
             ("[daemon]\nthreads_number = 'x'", "threads_number"),

@@ -1,64 +1,68 @@
-//! Lazily mounted images: one `nydusd` per image, shared by all its containers.
+//! Lazily mounted images: one `nydusd` for all of them, or one per image.
 //!
 //! A daemon outlives this process: it is in a process group of its own, and is
 //! found again, by its command line in the process table, when the snapshotter
 //! comes back. So there are no records of daemons, and none can be wrong. A thread
-//! per daemon waits for its end; one that ends while its image is in use is
-//! replaced, at growing intervals if that keeps happening. Its mount does not end with
-//! it: what the kernel ties that to is held here, too, and handed to the next daemon.
+//! per daemon waits for its end; one that ends while it is needed is replaced, at
+//! growing intervals if that keeps happening. Its mounts do not end with it: what the
+//! kernel ties those to is held here, too, and handed to the next daemon.
 //!
-//! Promises: one image has at most one daemon, however many ask for it at once;
+//! Which of both an image gets is said by the configuration when it is mounted, and stays
+//! so until nobody uses it ([`Place`]): containers keep their root when the configuration
+//! changes.
+//!
+//! Promises: one image is served by at most one daemon, however many ask for it at once;
 //! [`Daemons::attach`] returns when the image can be read; what is held is let go only
 //! when nobody uses the image or the mount is gone; credentials reach a daemon through
-//! its environment and are never in a file or a command line.
+//! its environment or its control socket and are never in a file or a command line.
 //!
-//! Its module `process` starts, finds and ends processes; `holder` is what keeps a mount
-//! alive; `settings` writes the configuration of one daemon; `upgrade` replaces the program
-//! that all of them run.
+//! The modules: `process` starts, finds and ends processes; `holder` is what keeps mounts
+//! alive; `service` is the task of a daemon, and `settings` with `template` what it is
+//! told; `run` begins a daemon and `watch` replaces it; `shared` knows the images of the
+//! one that serves all, by way of `client`; `upgrade` replaces the program of all.
 
+mod client;
 pub(crate) mod holder;
 pub(crate) mod process;
+mod run;
+mod service;
 pub(crate) mod settings;
+mod shared;
+mod template;
 mod upgrade;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::mount::{MntFlags, umount2};
-
-use crate::error::{Error, chain};
+use crate::error::Error;
 use crate::images::Image;
-use crate::lifecycle::make_directory;
-use crate::manager::{self, Inherited, Manager};
+use crate::manager::{Inherited, Manager};
 use holder::Holder;
 use process::Process;
+use service::{SHARED, Service, label};
 use settings::Settings;
+use shared::Member;
 
-/// How long the first byte of an image may take: its metadata is on this disk.
-const START: Duration = Duration::from_secs(60);
 /// How long a daemon may take to end.
 const STOP: Duration = Duration::from_secs(10);
-/// A daemon that lived as long as this did not fail to start.
-const HEALTHY: Duration = Duration::from_secs(60);
-/// First pause between two attempts to replace a daemon.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Longest pause.
-const MAX_PAUSE: Duration = Duration::from_secs(30);
+/// Most images of one daemon (`docs/api.md`); further ones get their own.
+const MAX_IMAGES: usize = 255;
 
 /// The images that are mounted now.
 #[derive(Debug)]
 pub struct Daemons {
     settings: Settings,
-    images: Mutex<BTreeMap<u64, Arc<Mutex<Slot>>>>,
+    /// The images, by the ids of their snapshots.
+    places: Mutex<BTreeMap<u64, Place>>,
+    /// The daemon of all images.
+    shared: Arc<Mutex<Slot>>,
     manager: Option<Arc<Manager>>,
-    /// What the service manager held for images that nobody has asked for yet.
+    /// What the service manager held for daemons that nobody has asked for yet.
     inherited: Mutex<Inherited>,
     restarts: AtomicU64,
     /// Whether the daemons of an earlier life are known.
@@ -67,34 +71,58 @@ pub struct Daemons {
     upgrading: Mutex<()>,
 }
 
-/// One image; locked while its daemon is started or stopped.
+/// What serves an image.
+#[derive(Clone, Debug)]
+enum Place {
+    /// A daemon of its own.
+    Own(Arc<Mutex<Slot>>),
+    /// The daemon of all images.
+    Shared(Arc<Member>),
+}
+
+/// One daemon; locked while it is started or stopped.
 #[derive(Debug, Default)]
 struct Slot {
-    wanted: Option<Image>,
+    wanted: Option<Service>,
     process: Option<Arc<Process>>,
-    /// There if the image was ever asked for, and the system has let us.
+    /// There if the daemon was ever asked for, and the system has let us.
     holder: Option<Arc<Holder>>,
     /// Whether a thread tries to start a daemon for what is held.
     retrying: bool,
+    /// Whether its image was released: another slot may have its place.
+    gone: bool,
 }
 
 /// What a daemon is doing, for people.
-#[derive(Debug, serde::Serialize)]
+#[derive(Debug)]
 pub struct Status {
-    /// Id of the snapshot with the image's metadata.
-    pub snapshot_id: u64,
+    /// What it is called.
+    pub id: String,
     /// Process id; none while it is being replaced.
     pub pid: Option<i32>,
     /// Process group of its processes.
     pub group: Option<i32>,
+    /// Where it mounts its image, or below which.
+    pub mountpoint: PathBuf,
+    /// Its control socket; empty if it has none.
+    pub api_socket: PathBuf,
+    /// Where it leaves descriptors; empty if nothing is held.
+    pub supervisor_path: PathBuf,
+    /// How many descriptors are held.
+    pub held: usize,
+    /// Its images.
+    pub images: Vec<Instance>,
+}
+
+/// An image of a daemon.
+#[derive(Debug)]
+pub struct Instance {
+    /// Id of the snapshot with the image's metadata.
+    pub snapshot_id: u64,
     /// The image.
     pub image_id: String,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
-    /// Where its daemon leaves descriptors; empty if nothing is held.
-    pub supervisor_path: PathBuf,
-    /// How many descriptors are held.
-    pub held: usize,
 }
 
 impl Daemons {
@@ -110,7 +138,8 @@ impl Daemons {
     ) -> Arc<Self> {
         Arc::new(Self {
             settings,
-            images: Mutex::default(),
+            places: Mutex::default(),
+            shared: Arc::default(),
             manager,
             inherited: Mutex::new(inherited),
             restarts: AtomicU64::new(0),
@@ -119,131 +148,266 @@ impl Daemons {
         })
     }
 
-    /// Makes sure that `image` is mounted and can be read.
+    /// Finds out what serves the images that an earlier life has mounted. Call before
+    /// anything is asked for.
+    ///
+    /// * `images`: id and reference of each, and whether it has users.
+    pub fn adopt(&self, images: &[(u64, &str, bool)]) {
+        let layout = self.settings.layout();
+        let served = process::served();
+        let shared = layout.shared();
+        let has_shared = served.contains(&shared) || !process::mounts_in(&shared).is_empty();
+        let mut places = lock(&self.places);
+        for &(id, reference, is_used) in images {
+            let own = layout.mountpoint(id);
+            if served.contains(&own) || process::is_mounted(&own) {
+                places.insert(id, Place::Own(Arc::default()));
+            } else if has_shared && is_used {
+                places.insert(id, Place::Shared(Member::new(id, reference)));
+            }
+        }
+    }
+
+    /// Makes sure that `image` is mounted and can be read; returns where.
     ///
     /// # Errors
     /// [`Error::Mount`] with the end of the daemon's log.
-    pub fn attach(self: &Arc<Self>, image: &Image) -> Result<(), Error> {
-        let slot = self.slot(image.id);
-        let mut slot = lock(&slot);
+    pub fn attach(self: &Arc<Self>, image: &Image) -> Result<PathBuf, Error> {
+        loop {
+            let attached = match self.place(image) {
+                Place::Own(slot) => self.attach_own(&slot, image),
+                Place::Shared(member) => self.attach_member(&member, image),
+            };
+            if let Some(done) = attached {
+                return done;
+            }
+        }
+    }
+
+    /// What serves an image from now on.
+    fn place(&self, image: &Image) -> Place {
+        let mut places = lock(&self.places);
+        if let Some(place) = places.get(&image.id) {
+            return place.clone();
+        }
+        let is_shared = |place: &&Place| matches!(place, Place::Shared(_));
+        let full = places.values().filter(is_shared).count() >= MAX_IMAGES;
+        let place = match self.settings.is_shared() && !full {
+            true => Place::Shared(Member::new(image.id, &image.reference)),
+            false => Place::Own(Arc::default()),
+        };
+        places.insert(image.id, place.clone());
+        place
+    }
+
+    /// The same for an image with a daemon of its own; `None` if it was released meanwhile.
+    fn attach_own(
+        self: &Arc<Self>,
+        slot: &Arc<Mutex<Slot>>,
+        image: &Image,
+    ) -> Option<Result<PathBuf, Error>> {
+        let mut slot = lock(slot);
+        if slot.gone {
+            return None;
+        }
+        let point = self.settings.layout().mountpoint(image.id);
         if let Some(process) = &slot.process
             && process.is_alive()
-            && process::is_mounted(&image.mountpoint)
+            && process::is_mounted(&point)
         {
-            return Ok(());
+            return Some(Ok(point));
         }
-        if slot.wanted.is_none() {
-            slot.wanted = Some(image.clone());
-        } else if let (Some(wanted), Some(account)) = (&mut slot.wanted, &image.account) {
+        let new = || Service::one(image, self.settings.layout());
+        let mut service = slot.wanted.clone().unwrap_or_else(new);
+        if let (Some(wanted), Some(account)) = (&mut service.image, &image.account) {
             wanted.account = Some(account.clone());
         }
-        let wanted = slot.wanted.clone().unwrap_or_else(|| image.clone());
-        let holder = self.hold(&mut slot, wanted.id);
-        match self.run(&wanted, holder.as_deref()) {
-            Ok(process) => {
-                slot.process = Some(Arc::clone(&process));
-                self.watch(wanted.id, Some(process));
-                Ok(())
-            }
-            Err(error) => {
-                slot.process = None;
-                if holder.is_some_and(|holder| holder.has_mount()) {
-                    // Its readers wait, whether or not somebody asks again.
-                    if !std::mem::replace(&mut slot.retrying, true) {
-                        self.watch(wanted.id, None);
-                    }
-                } else {
-                    slot.wanted = None;
-                }
-                Err(error)
-            }
-        }
+        slot.wanted = Some(service.clone());
+        Some(self.bring_up(&mut slot, &service).map(|()| point))
     }
 
     /// Lets go of what was held for images that nobody uses. Call when all others have
     /// been attached: all daemons are known from here on.
-    pub fn forget_strangers(&self) {
+    pub fn forget_strangers(self: &Arc<Self>) {
+        if self.members().is_empty() {
+            if process::find(&self.settings.layout().shared()).is_some() {
+                self.retire();
+            }
+        } else {
+            self.restore();
+        }
         self.complete.store(true, Ordering::Release);
-        for (image, files) in std::mem::take(&mut *lock(&self.inherited)) {
-            tracing::warn!("image {image}: nobody uses it; what was held for it is let go");
+        for (daemon, files) in std::mem::take(&mut *lock(&self.inherited)) {
+            let name = label(daemon);
+            tracing::warn!("daemon {name}: nobody uses it; what was held for it is let go");
             for name in files.keys() {
                 if let Some(manager) = &self.manager {
-                    manager.remove(image, name);
+                    manager.remove(daemon, name);
                 }
             }
         }
     }
 
-    /// Unmounts the image `id` and ends its daemon, unless `is_used`, which is asked
-    /// when nobody can attach to it any more.
+    /// Whether anything serves the image `id`, or something of it is mounted.
+    #[must_use]
+    pub fn knows(&self, id: u64) -> bool {
+        lock(&self.places).contains_key(&id)
+    }
+
+    /// Unmounts the image `id`, and ends its daemon if that has no other, unless
+    /// `is_used`, which is asked when nobody can attach to it any more.
     pub fn release(&self, id: u64, is_used: impl FnOnce() -> bool) {
-        let slot = self.slot(id);
+        let place = lock(&self.places).get(&id).cloned();
+        let slot = match place {
+            Some(Place::Shared(member)) => return self.release_member(&member, is_used),
+            Some(Place::Own(slot)) => slot,
+            None => Arc::default(),
+        };
         let mut locked = lock(&slot);
-        if is_used() {
+        if locked.gone || is_used() {
             return;
         }
-        let mountpoint = self.settings.mountpoint(id);
-        let process = locked
-            .process
-            .take()
-            .or_else(|| process::find(&mountpoint).map(Arc::new));
-        locked.wanted = None;
+        self.end(&mut locked, id);
+        locked.gone = true;
+        let mut places = lock(&self.places);
+        if let Some(Place::Own(known)) = places.get(&id)
+            && Arc::ptr_eq(known, &slot)
+        {
+            places.remove(&id);
+        }
+    }
+
+    /// Ends a daemon and everything that is there for it.
+    fn end(&self, slot: &mut Slot, id: u64) {
+        let mountpoint = match id {
+            SHARED => self.settings.layout().shared(),
+            id => self.settings.layout().mountpoint(id),
+        };
+        slot.wanted = None;
+        let process = slot.process.take();
+        let process = process.or_else(|| process::find(&mountpoint).map(Arc::new));
         if let Some(process) = process {
+            let name = label(id);
             tracing::info!(
-                "image {id}: no user left, ending its daemon, process {}",
+                "daemon {name}: no user left, ending process {}",
                 process.pid()
             );
             process.end(STOP);
         }
-        detach(&mountpoint);
-        match locked.holder.take() {
+        run::detach(&mountpoint);
+        match slot.holder.take() {
             Some(holder) => holder.close(),
             // Of an earlier life.
             None => drop(fs::remove_file(self.settings.holder_socket(id))),
         }
         let _ = fs::remove_dir_all(self.settings.config_dir(id));
         self.settings.forget(id);
-        drop(locked);
-        let mut images = lock(&self.images);
-        // Unless somebody has asked for it meanwhile.
-        if images
-            .get(&id)
-            .is_some_and(|known| Arc::ptr_eq(known, &slot) && Arc::strong_count(known) == 2)
-        {
-            images.remove(&id);
+    }
+
+    /// All daemons that run, or should.
+    #[must_use]
+    pub fn list(&self) -> Vec<Status> {
+        let mut slots: Vec<_> = lock(&self.places)
+            .values()
+            .filter_map(|place| match place {
+                Place::Own(slot) => Some(Arc::clone(slot)),
+                Place::Shared(_) => None,
+            })
+            .collect();
+        slots.push(Arc::clone(&self.shared));
+        // One that is being started or stopped is left out rather than waited for.
+        let free = slots.iter().filter_map(|slot| slot.try_lock().ok());
+        free.filter_map(|slot| self.status(&slot)).collect()
+    }
+
+    fn status(&self, slot: &Slot) -> Option<Status> {
+        let service = slot.wanted.as_ref()?;
+        let process = slot.process.as_ref().filter(|process| process.is_alive());
+        let holder = slot.holder.as_ref();
+        let instance = |snapshot_id, image_id: &str, mountpoint| Instance {
+            snapshot_id,
+            image_id: image_id.to_owned(),
+            mountpoint,
+        };
+        let layout = self.settings.layout();
+        let (api_socket, images) = match &service.image {
+            Some(image) => {
+                let point = service.mountpoint.clone();
+                let own = instance(image.id, &image.reference, point);
+                (PathBuf::new(), vec![own])
+            }
+            None => {
+                let members = self.members().into_iter();
+                let images = members.map(|member| {
+                    let point = layout.shared_mountpoint(member.id);
+                    instance(member.id, &member.reference, point)
+                });
+                (self.settings.control_socket(), images.collect())
+            }
+        };
+        Some(Status {
+            id: label(service.id),
+            pid: process.map(|process| process.pid()),
+            group: process.and_then(|process| process.group()),
+            mountpoint: service.mountpoint.clone(),
+            api_socket,
+            supervisor_path: holder.map_or_else(PathBuf::new, |holder| holder.path().to_owned()),
+            held: holder.map_or(0, |holder| holder.count()),
+            images,
+        })
+    }
+
+    /// The type of the file system that an image is mounted as, if it is.
+    #[must_use]
+    pub fn driver_of(&self, id: u64) -> Option<String> {
+        let layout = self.settings.layout();
+        match lock(&self.places).get(&id)? {
+            Place::Own(_) => process::kind_of_mount(&layout.mountpoint(id)),
+            Place::Shared(_) => process::kind_of_mount(&layout.shared_mountpoint(id))
+                .or_else(|| process::kind_of_mount(&layout.shared())),
         }
     }
 
-    /// All images that are mounted, or should be.
-    #[must_use]
-    pub fn list(&self) -> Vec<Status> {
-        let slots: Vec<_> = lock(&self.images)
-            .iter()
-            .map(|(id, slot)| (*id, Arc::clone(slot)))
-            .collect();
-        let mut list = Vec::new();
-        for (snapshot_id, slot) in slots {
-            // One that is being started or stopped is left out rather than waited for.
-            if let Ok(slot) = slot.try_lock()
-                && let Some(image) = &slot.wanted
-            {
-                let process = slot.process.as_ref().filter(|process| process.is_alive());
-                list.push(Status {
-                    snapshot_id,
-                    pid: process.map(|process| process.pid()),
-                    group: process.and_then(|process| process.group()),
-                    image_id: image.reference.clone(),
-                    mountpoint: image.mountpoint.clone(),
-                    supervisor_path: slot
-                        .holder
-                        .as_ref()
-                        .map(|holder| holder.path().to_owned())
-                        .unwrap_or_default(),
-                    held: slot.holder.as_ref().map_or(0, |holder| holder.count()),
-                });
+    /// The images that the daemon called `name` serves, or the one with this id.
+    fn images_of(&self, name: &str) -> Vec<Image> {
+        let places: Vec<(u64, Place)> = {
+            let places = lock(&self.places);
+            let all = places.iter().map(|(id, place)| (*id, place.clone()));
+            all.collect()
+        };
+        let asked = places.into_iter().filter(|(id, place)| {
+            let of_all = name == label(SHARED) && matches!(place, Place::Shared(_));
+            of_all || name == id.to_string()
+        });
+        let images = asked.filter_map(|(_, place)| match place {
+            Place::Own(slot) => lock(&slot).wanted.as_ref()?.image.clone(),
+            Place::Shared(member) => member.image(),
+        });
+        images.collect()
+    }
+
+    /// Where the data of an image come from, with credentials; `None` if no daemon and no
+    /// image has this name.
+    ///
+    /// # Errors
+    /// The daemon has several images.
+    pub fn backend(&self, name: &str) -> Result<Option<serde_json::Value>, Error> {
+        match self.images_of(name).as_slice() {
+            [] => Ok(None),
+            [image] => self.settings.backend(image).map(Some),
+            several => {
+                let ids: Vec<String> = several.iter().map(|image| image.id.to_string()).collect();
+                let ids = ids.join(", ");
+                let reason = format!("it serves several images: ask for one of {ids}");
+                Err(Error::Invalid(reason))
             }
         }
-        list
+    }
+
+    /// What is to be fetched first of images that are mounted next.
+    #[must_use]
+    pub fn prefetch(&self) -> &crate::prefetch::Lists {
+        self.settings.prefetch()
     }
 
     /// How often a daemon was replaced.
@@ -252,279 +416,14 @@ impl Daemons {
         self.restarts.load(Ordering::Relaxed)
     }
 
+    /// The slot of a daemon; an empty one if there is none.
     fn slot(&self, id: u64) -> Arc<Mutex<Slot>> {
-        Arc::clone(lock(&self.images).entry(id).or_default())
-    }
-
-    /// The third holder of the daemon of `id`, if the system lets us be one.
-    fn hold(&self, slot: &mut Slot, id: u64) -> Option<Arc<Holder>> {
-        if let Some(holder) = &slot.holder {
-            return Some(Arc::clone(holder));
-        }
-        let path = self.settings.holder_socket(id);
-        let made = path
-            .parent()
-            .map_or(Ok(()), |directory| make_directory(directory, 0o700))
-            .and_then(|()| {
-                let files = lock(&self.inherited).remove(&id).unwrap_or_default();
-                Holder::new(id, &path, files, self.manager.clone())
-                    .map_err(Error::io(&path, "cannot listen"))
-            });
-        slot.holder = made
-            .inspect_err(|error| {
-                tracing::error!(
-                    "image {id}: {}; its mount will not survive the death of its whole daemon",
-                    chain(error)
-                );
-            })
-            .ok();
-        slot.holder.clone()
-    }
-
-    /// Finds the daemon of `image`, or starts one.
-    fn run(&self, image: &Image, holder: Option<&Holder>) -> Result<Arc<Process>, Error> {
-        if let Some(process) = process::find(&image.mountpoint) {
-            if process::is_mounted(&image.mountpoint) {
-                tracing::info!(
-                    "image {}: its daemon, process {}, still runs",
-                    image.reference,
-                    process.pid()
-                );
-                // We may have been away, and have nothing, or not the latest.
-                process.signal_group(holder::AGAIN);
-                self.settings.learn(image.id, &process);
-                return Ok(Arc::new(process));
-            }
-            process.end(STOP);
-        }
-        if let Some(holder) = holder {
-            let held = holder.has_mount();
-            if held && process::is_mounted(&image.mountpoint) {
-                tracing::warn!(
-                    "image {}: its whole daemon has died; the next one gets {} descriptors",
-                    image.reference,
-                    holder.count()
-                );
-                let command = self.command(image, true)?;
-                return self.resume(image, holder, command, START);
-            }
-            holder.clear();
-        }
-        self.mount(image, holder)
-    }
-
-    /// The command that serves `image` with the program that is used now.
-    fn command(&self, image: &Image, held: bool) -> Result<Command, Error> {
-        let program = self.settings.program();
-        self.settings.command(image, held, &program)
-    }
-
-    /// Starts a daemon that goes on with the mount of one that is gone, and has this long
-    /// to do so.
-    fn resume(
-        &self,
-        image: &Image,
-        holder: &Holder,
-        command: Command,
-        patience: Duration,
-    ) -> Result<Arc<Process>, Error> {
-        let began = Instant::now();
-        let files = holder.files().map_err(|error| Error::Mount {
-            image: image.reference.clone(),
-            reason: format!("cannot copy what is held: {error}"),
-        })?;
-        let process = self.start(image, Some(holder), files, command)?;
-        let goes_on = || process.is_alive() && began.elapsed() < patience;
-        if !holder.wait_until_ready(goes_on) {
-            // All of it, at once: it may have begun to answer, and the next one must not
-            // be a second one. Nothing is lost, because everything is held.
-            process.kill_group(STOP);
-            return Err(self.useless(image, &process, "does not go on with it"));
-        }
-        tracing::info!(
-            "image {}: served again by process {} after {} ms",
-            image.reference,
-            process.pid(),
-            began.elapsed().as_millis()
-        );
-        Ok(Arc::new(process))
-    }
-
-    /// Starts a daemon that mounts `image`.
-    fn mount(&self, image: &Image, holder: Option<&Holder>) -> Result<Arc<Process>, Error> {
-        lament(image);
-        detach(&image.mountpoint);
-        fs::create_dir_all(&image.mountpoint)
-            .map_err(Error::io(&image.mountpoint, "cannot make the directory"))?;
-        let began = Instant::now();
-        let command = self.command(image, holder.is_some())?;
-        let process = self.start(image, holder, Vec::new(), command)?;
-        while !process::is_mounted(&image.mountpoint) {
-            if !process.is_alive() || began.elapsed() > START {
-                return Err(self.useless(image, &process, "did not mount it"));
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-        // Answered by the daemon: from here on it serves.
-        if let Err(error) = fs::metadata(&image.mountpoint) {
-            let error = format!("does not serve it: {}", chain(&error));
-            let error = self.useless(image, &process, &error);
-            detach(&image.mountpoint);
-            return Err(error);
-        }
-        tracing::info!(
-            "image {}: mounted by process {} in {} ms",
-            image.reference,
-            process.pid(),
-            began.elapsed().as_millis()
-        );
-        Ok(Arc::new(process))
-    }
-
-    /// Starts a daemon with `files`, by name, as its own.
-    fn start(
-        &self,
-        image: &Image,
-        holder: Option<&Holder>,
-        files: Vec<(String, OwnedFd)>,
-        mut command: Command,
-    ) -> Result<Process, Error> {
-        let (names, files): (Vec<String>, Vec<OwnedFd>) = files.into_iter().unzip();
-        manager::introduce(&mut command, holder.map(Holder::path), &names);
-        let log = self.settings.log_file(image.id);
-        Process::start(&command, &log, &files).map_err(|error| Error::Mount {
-            image: image.reference.clone(),
-            reason: format!(
-                "cannot start {}: {error}",
-                Path::new(command.get_program()).display()
-            ),
-        })
-    }
-
-    /// Ends a daemon that does not do what it should.
-    fn useless(&self, image: &Image, process: &Process, what: &str) -> Error {
-        process.end(STOP);
-        Error::Mount {
-            image: image.reference.clone(),
-            reason: format!(
-                "nydusd {what}: {}",
-                last_words(&self.settings.log_file(image.id))
-            ),
+        match lock(&self.places).get(&id) {
+            _ if id == SHARED => Arc::clone(&self.shared),
+            Some(Place::Own(slot)) => Arc::clone(slot),
+            _ => Arc::default(),
         }
     }
-
-    /// Waits, in a thread, for the end of a daemon, and replaces it if its image is
-    /// still wanted. Without a daemon, only the latter.
-    fn watch(self: &Arc<Self>, id: u64, process: Option<Arc<Process>>) {
-        let daemons = Arc::clone(self);
-        let watch = move || {
-            let mut process = process;
-            let mut pause = FIRST_PAUSE;
-            if process.is_none() {
-                thread::sleep(pause);
-            }
-            loop {
-                let began = Instant::now();
-                if let Some(process) = &process {
-                    process.wait();
-                }
-                if began.elapsed() > HEALTHY {
-                    pause = FIRST_PAUSE;
-                }
-                process = daemons.replace(id, process.as_ref(), &mut pause);
-                if process.is_none() {
-                    return;
-                }
-            }
-        };
-        if let Err(error) = thread::Builder::new()
-            .name(format!("watch-{id}"))
-            .spawn(watch)
-        {
-            tracing::error!("image {id}: its daemon will not be replaced if it ends: {error}");
-        }
-    }
-
-    /// Replaces `dead` until that works; `None` if it was ended on purpose, or replaced
-    /// by somebody else.
-    fn replace(
-        &self,
-        id: u64,
-        dead: Option<&Arc<Process>>,
-        pause: &mut Duration,
-    ) -> Option<Arc<Process>> {
-        loop {
-            let slot = self.slot(id);
-            let mut slot = lock(&slot);
-            slot.retrying &= dead.is_some();
-            let same = match (&slot.process, dead) {
-                (Some(process), Some(dead)) => Arc::ptr_eq(process, dead),
-                (None, None) => true,
-                _ => false,
-            };
-            if !same {
-                return None;
-            }
-            let image = slot.wanted.clone()?;
-            if let Some(dead) = dead {
-                tracing::warn!(
-                    "image {}: process {} of its daemon has ended",
-                    image.reference,
-                    dead.pid()
-                );
-            }
-            let holder = self.hold(&mut slot, id);
-            match self.run(&image, holder.as_deref()) {
-                Ok(process) => {
-                    if !process.was_found() {
-                        self.restarts.fetch_add(1, Ordering::Relaxed);
-                    }
-                    slot.process = Some(Arc::clone(&process));
-                    return Some(process);
-                }
-                Err(error) => tracing::error!("{}; trying again in {pause:?}", chain(&error)),
-            }
-            slot.retrying = dead.is_none();
-            drop(slot);
-            thread::sleep(*pause);
-            *pause = (*pause * 2).min(MAX_PAUSE);
-        }
-    }
-}
-
-/// Says so if containers have lost their root: it is mounted, and nobody answers for it.
-fn lament(image: &Image) {
-    let Some(kind) = process::kind_of_mount(&image.mountpoint) else {
-        return;
-    };
-    let cost = match kind.as_str() {
-        "erofs" => "what they had not fetched reads as ZEROS",
-        _ => "they cannot read any more",
-    };
-    tracing::error!(
-        "image {}: its whole daemon has died, and nobody held its mount. Restart the \
-         containers that run on it: {cost}",
-        image.reference
-    );
-}
-
-/// Unmounts whatever is mounted on `point`, in use or not.
-pub(crate) fn detach(point: &Path) {
-    while process::is_mounted(point) {
-        if let Err(error) = umount2(point, MntFlags::MNT_DETACH) {
-            tracing::warn!("cannot unmount {}: {error}", point.display());
-            return;
-        }
-    }
-}
-
-/// The last lines of a log, on one line.
-fn last_words(log: &Path) -> String {
-    let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let mut lines: Vec<&str> = text.lines().rev().take(5).collect();
-    lines.reverse();
-    lines.join(" / ")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

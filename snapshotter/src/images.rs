@@ -48,8 +48,6 @@ pub struct Image {
     pub reference: String,
     /// Its metadata.
     pub bootstrap: PathBuf,
-    /// Where it is mounted, or will be.
-    pub mountpoint: PathBuf,
     /// The account to fetch its data with, if the request had one.
     pub account: Option<Account>,
 }
@@ -83,7 +81,6 @@ impl Image {
             id: record.id,
             reference: reference.to_owned(),
             bootstrap,
-            mountpoint: layout.mountpoint(record.id),
             account: None,
         })
     }

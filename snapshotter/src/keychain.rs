@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use base64::Engine as _;
 use prost::Message;
 use prost::bytes::{Buf as _, BufMut as _};
-use storage::oci::{ImageRef, RegistryRef};
+use storage::oci::{Credentials, ImageRef, RegistryRef};
 use tonic::client::Grpc as Client;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::codegen::http::uri::PathAndQuery;
@@ -117,31 +117,36 @@ fn account_of(request: &[u8]) -> Option<(RegistryRef, Account)> {
     if !auth.server_address.is_empty() && host_of(&auth.server_address) != place.host {
         return None;
     }
-    let account = if !auth.username.is_empty() {
-        Account {
-            username: auth.username,
-            password: auth.password,
-        }
-    } else if !auth.auth.is_empty() {
-        let decoded = base64::engine::general_purpose::STANDARD
-            .decode(&auth.auth)
-            .ok()?;
-        let decoded = String::from_utf8(decoded).ok()?;
-        let (username, password) = decoded.split_once(':')?;
-        Account {
-            username: username.to_owned(),
-            password: password.trim_end_matches('\0').to_owned(),
-        }
-    } else {
-        if !(auth.identity_token.is_empty() && auth.registry_token.is_empty()) {
-            tracing::warn!(
-                "{image} was pulled with a token, which is not supported yet for reading on \
-                 demand; use a user name and a password"
-            );
-        }
-        return None;
+    Some((place, account_in(auth)?))
+}
+
+/// The account that is meant, as containerd understands it: the first of name and
+/// password, identity token, both in one word, and a token for the registry itself.
+fn account_in(auth: Auth) -> Option<Account> {
+    let account = |username: &str, password: &str| Account {
+        username: username.to_owned(),
+        password: password.to_owned(),
     };
-    Some((place, account))
+    let token = |credentials: Credentials| {
+        let (username, password) = credentials.pair()?;
+        Some(account(username, password))
+    };
+    if !auth.username.is_empty() {
+        return Some(account(&auth.username, &auth.password));
+    }
+    if !auth.identity_token.is_empty() {
+        return token(Credentials::Identity(auth.identity_token));
+    }
+    if !auth.auth.is_empty() {
+        let decoded = base64::engine::general_purpose::STANDARD.decode(&auth.auth);
+        let decoded = String::from_utf8(decoded.ok()?).ok()?;
+        let (username, password) = decoded.split_once(':')?;
+        return Some(account(username, password.trim_end_matches('\0')));
+    }
+    if auth.registry_token.is_empty() {
+        return None;
+    }
+    token(Credentials::Bearer(auth.registry_token))
 }
 
 /// The host in an address, whose well-known name stays what references have.
@@ -326,6 +331,26 @@ mod tests {
             assert_eq!(found, expected, "{image} {fields:?}");
         }
         assert!(account_of(b"\xff\xff").is_none());
+    }
+
+    #[test]
+    fn tokens_are_accounts_of_their_own_kind() {
+        let found = |auth: Auth| {
+            let (_, account) = account_of(&request("r.io/a:1", auth))?;
+            Some(Credentials::of_pair(&account.username, &account.password))
+        };
+        let identity = Auth {
+            identity_token: "i".to_owned(),
+            registry_token: "r".to_owned(),
+            ..Auth::default()
+        };
+        let bearer = Auth {
+            registry_token: "r".to_owned(),
+            ..Auth::default()
+        };
+        assert_eq!(found(identity), Some(Credentials::Identity("i".to_owned())));
+        assert_eq!(found(bearer), Some(Credentials::Bearer("r".to_owned())));
+        assert_eq!(found(Auth::default()), None);
     }
 
     #[test]

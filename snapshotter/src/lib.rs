@@ -13,7 +13,9 @@
 //! - [`store`]: durable records, in transactions
 //! - [`mounts`]: the mounts that a container or an unpacker performs
 //! - [`images`]: which snapshots are lazily mounted images, and for whom
-//! - [`daemons`]: one `nydusd` per image: started, watched, found again
+//! - [`daemons`]: `nydusd`, one for all images or one for each: started, watched, found again
+//! - [`prefetch`]: what is to be fetched first of an image when it is mounted
+//! - `replacement`: an upgrade of `nydusd` that lasts
 //! - [`keychain`]: the image service in front of containerd's, and what it remembers
 //! - [`manager`], `notify`: systemd, which holds what this program holds for daemons
 //! - [`reconcile`]: after a start, records, directories and mounts agree again
@@ -37,7 +39,9 @@ pub mod lifecycle;
 pub mod manager;
 pub mod mounts;
 mod notify;
+pub mod prefetch;
 pub mod reconcile;
+mod replacement;
 pub mod server;
 pub mod service;
 pub mod store;

@@ -43,6 +43,8 @@ pub struct Snapshots {
     collect_cache: bool,
     sync_remove: bool,
     volatile: bool,
+    /// The program that the configuration names for daemons.
+    pub(crate) configured: PathBuf,
 }
 
 impl Snapshots {
@@ -64,6 +66,7 @@ impl Snapshots {
             collect_cache: !config.cache_manager.disable,
             sync_remove: config.snapshot.sync_remove,
             volatile: config.snapshot.enable_overlayfs_volatile,
+            configured: config.daemon.nydusd_path.clone(),
         })
     }
 
@@ -454,8 +457,8 @@ impl Snapshots {
         }
         let mut image = Image::new(record, &self.layout)?;
         image.account = account;
-        self.daemons.attach(&image)?;
-        Ok(Some((at, image.mountpoint)))
+        let mountpoint = self.daemons.attach(&image)?;
+        Ok(Some((at, mountpoint)))
     }
 
     /// The root directory of a container looks like that of its image.

@@ -39,6 +39,10 @@ struct Cli {
     #[arg(long, visible_alias = "config-path", value_name = "file")]
     nydusd_config: Option<PathBuf>,
 
+    /// One nydusd for all images or one for each: shared, multiple or dedicated
+    #[arg(long, value_name = "mode")]
+    daemon_mode: Option<String>,
+
     /// Least severe messages to log: trace, debug, info, warn or error
     #[arg(short = 'l', long, value_name = "level")]
     log_level: Option<String>,
@@ -94,6 +98,9 @@ impl Cli {
         }
         if let Some(level) = &self.log_level {
             config.log.level.clone_from(level);
+        }
+        if let Some(mode) = &self.daemon_mode {
+            config.daemon_mode.clone_from(mode);
         }
         config.check()?;
         Ok((config, warnings))

@@ -45,10 +45,22 @@ impl Layout {
         self.snapshot(id).join("work")
     }
 
-    /// Where the image whose metadata a snapshot holds is mounted.
+    /// Where the image whose metadata a snapshot holds is mounted by a daemon of its own.
     #[must_use]
     pub fn mountpoint(&self, id: u64) -> PathBuf {
         self.snapshot(id).join("mnt")
+    }
+
+    /// Where the daemon of all images mounts them.
+    #[must_use]
+    pub fn shared(&self) -> PathBuf {
+        self.root.join("mnt")
+    }
+
+    /// Where that daemon mounts the image whose metadata a snapshot holds.
+    #[must_use]
+    pub fn shared_mountpoint(&self, id: u64) -> PathBuf {
+        self.shared().join(id.to_string())
     }
 }
 

@@ -10,7 +10,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::thread;
 
-use crate::daemons::process;
 use crate::error::{Error, chain};
 use crate::images::{self, Image};
 use crate::labels;
@@ -101,6 +100,25 @@ fn depths(records: &[Record]) -> BTreeMap<&str, usize> {
     parents.keys().map(|name| (*name, depth(name))).collect()
 }
 
+/// Finds out which daemons of an earlier life serve which images; call before requests are
+/// served.
+///
+/// # Errors
+/// The records cannot be read.
+pub fn daemons(snapshots: &Snapshots) -> Result<(), Error> {
+    let records = snapshots.store.all()?;
+    let users = images::in_use(&records);
+    let all = records.iter().filter(|record| images::is_image(record));
+    let all: Vec<_> = all
+        .map(|record| {
+            let reference = labels::image_ref(&record.labels).unwrap_or_default();
+            (record.id, reference, users.contains_key(&record.id))
+        })
+        .collect();
+    snapshots.daemons.adopt(&all);
+    Ok(())
+}
+
 /// Mounts every image that has users and unmounts the others; requests may be
 /// served meanwhile. Returns how many images could not be mounted.
 ///
@@ -113,8 +131,7 @@ pub fn mounts(snapshots: &Arc<Snapshots>) -> Result<usize, Error> {
     let (used, unused): (Vec<&Record>, Vec<&Record>) =
         all.partition(|record| users.contains_key(&record.id));
     for record in unused {
-        let point = snapshots.layout.mountpoint(record.id);
-        if process::is_mounted(&point) || process::find(&point).is_some() {
+        if snapshots.daemons.knows(record.id) {
             tracing::warn!(
                 "repair: nobody uses the image of snapshot {:?} any more",
                 record.name
@@ -143,8 +160,10 @@ pub fn mounts(snapshots: &Arc<Snapshots>) -> Result<usize, Error> {
 fn mount(snapshots: &Snapshots, record: &Record) -> bool {
     let outcome =
         Image::new(record, &snapshots.layout).and_then(|image| snapshots.daemons.attach(&image));
+    // Its last user may have gone while it was mounted.
+    snapshots.release(record.id);
     match outcome {
-        Ok(()) => true,
+        Ok(_) => true,
         Err(error) => {
             tracing::error!(
                 "repair: {}; containers that start from it will try again",

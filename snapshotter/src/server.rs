@@ -47,6 +47,8 @@ pub async fn run(config: Config, inherited: Inherited) -> anyhow::Result<()> {
         let config = config.clone();
         tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
             let snapshots = Snapshots::open(&config, daemons)?;
+            snapshots.resume_upgrade()?;
+            reconcile::daemons(&snapshots)?;
             reconcile::directories(&snapshots)?;
             Ok(Arc::new(snapshots))
         })

@@ -6,7 +6,7 @@
 //! Promises: a change is on disk when its call returns, or has not happened; only
 //! one process has the file open. Everything here blocks.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use redb::{
@@ -24,6 +24,10 @@ const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapsh
 const CHILDREN: MultimapTableDefinition<'_, &str, &str> = MultimapTableDefinition::new("children");
 /// Numbers of this store: see below.
 const NUMBERS: TableDefinition<'_, &str, u64> = TableDefinition::new("numbers");
+/// What people have asked for at run time, by name, as JSON.
+const WISHES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("wishes");
+/// The program that all daemons are to run.
+const PROGRAM: &str = "program";
 /// The id of the next snapshot.
 const NEXT_ID: &str = "next_id";
 /// Version of the layout of this file.
@@ -98,6 +102,15 @@ pub struct New<'a> {
     pub labels: Labels,
 }
 
+/// The program that all daemons were replaced by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replacement {
+    /// The program.
+    pub program: PathBuf,
+    /// What the configuration named at that time: it decides again when it names another.
+    pub instead_of: PathBuf,
+}
+
 /// The records of all snapshots.
 #[derive(Debug)]
 pub struct Store {
@@ -115,6 +128,7 @@ impl Store {
         let transaction = database.begin_write()?;
         transaction.open_table(SNAPSHOTS)?;
         transaction.open_multimap_table(CHILDREN)?;
+        transaction.open_table(WISHES)?;
         let mut numbers = transaction.open_table(NUMBERS)?;
         let version = numbers.get(VERSION)?.map_or(1, |version| version.value());
         if version != 1 {
@@ -293,6 +307,37 @@ impl Store {
         drop(table);
         transaction.commit()?;
         Ok(record)
+    }
+
+    /// The program that daemons run in the place of the configured one, if any.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn replacement(&self) -> Result<Option<Replacement>, Error> {
+        let table = self.database.begin_read()?.open_table(WISHES)?;
+        let found = table.get(PROGRAM)?;
+        found
+            .map(|text| Ok(serde_json::from_slice(text.value())?))
+            .transpose()
+    }
+
+    /// Remembers that, or forgets it.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn set_replacement(&self, replacement: Option<&Replacement>) -> Result<(), Error> {
+        let transaction = self.database.begin_write()?;
+        let mut table = transaction.open_table(WISHES)?;
+        match replacement {
+            Some(replacement) => {
+                let text = serde_json::to_vec(replacement)?;
+                table.insert(PROGRAM, text.as_slice())?;
+            }
+            None => drop(table.remove(PROGRAM)?),
+        }
+        drop(table);
+        transaction.commit()?;
+        Ok(())
     }
 }
 

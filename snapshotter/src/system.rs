@@ -1,5 +1,6 @@
 //! What people and their tools can ask: Prometheus metrics over TCP; over a Unix socket,
-//! which daemons serve which images, and to replace the program of all daemons.
+//! which daemons serve which images and from where, to replace the program of all daemons,
+//! and what to fetch first of an image.
 //!
 //! One short request per connection, of the kind that curl and Prometheus send;
 //! everything else is refused. Nothing can be changed over TCP.
@@ -10,13 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::daemons::process;
+use crate::daemons::{Instance, process};
 use crate::error::{Error, chain};
 use crate::lifecycle::Snapshots;
+use crate::prefetch::Wish;
 use crate::store::Kind;
 use crate::{images, labels, usage};
 
@@ -143,6 +145,21 @@ fn respond(request: &Request, snapshots: &Snapshots, metrics: bool) -> Answer {
         }
         (("GET", "/api/v1/daemons"), false) => Ok(daemons(snapshots)),
         (("PUT", "/api/v1/daemons/upgrade"), false) => upgrade(snapshots, &request.body),
+        (("GET", "/api/v1/daemons/records"), false) => {
+            let reason = "daemons are found again without records";
+            return ("501 Not Implemented", JSON, failure(reason));
+        }
+        (("GET", path), false) if backend_of(path).is_some() => {
+            match snapshots
+                .daemons
+                .backend(backend_of(path).unwrap_or_default())
+            {
+                Ok(None) => return ("404 Not Found", JSON, failure("no such daemon or image")),
+                Ok(Some(backend)) => Ok(backend.to_string()),
+                Err(error) => Err(error),
+            }
+        }
+        (("PUT", "/api/v1/prefetch"), false) => prefetch(snapshots, &request.body),
         (("GET", "/api/v1/images"), false) => images(snapshots),
         (("GET", "/api/v1/cache"), false) => cache(snapshots),
         _ => return ("404 Not Found", JSON, failure("no such path")),
@@ -172,11 +189,27 @@ struct Upgrade {
 }
 
 fn upgrade(snapshots: &Snapshots, body: &[u8]) -> Result<String, Error> {
-    let wanted: Upgrade = serde_json::from_slice(body)
-        .map_err(|error| Error::Invalid(format!("the body of the request: {error}")))?;
-    let daemons = &snapshots.daemons;
-    daemons.upgrade(&wanted.nydusd_path, &wanted.version)?;
+    let wanted: Upgrade = understood(body)?;
+    snapshots.upgrade(&wanted.nydusd_path, &wanted.version)?;
     Ok(String::new())
+}
+
+fn prefetch(snapshots: &Snapshots, body: &[u8]) -> Result<String, Error> {
+    let wishes: Vec<Wish> = understood(body)?;
+    snapshots.daemons.prefetch().add(&wishes)?;
+    Ok(String::new())
+}
+
+/// The daemon or image whose back end a path means.
+fn backend_of(path: &str) -> Option<&str> {
+    let name = path.strip_prefix("/api/v1/daemons/")?;
+    let name = name.strip_suffix("/backend")?;
+    (!name.contains('/')).then_some(name)
+}
+
+fn understood<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(body)
+        .map_err(|error| Error::Invalid(format!("the body of the request: {error}")))
 }
 
 /// All images of this node, in use or not.
@@ -186,8 +219,7 @@ fn images(snapshots: &Snapshots) -> Result<String, Error> {
     let images = records.iter().filter(|record| images::is_image(record));
     let list: Vec<_> = images
         .map(|record| {
-            let mountpoint = snapshots.layout.mountpoint(record.id);
-            let driver = process::kind_of_mount(&mountpoint);
+            let driver = snapshots.daemons.driver_of(record.id);
             json!({
                 "reference": labels::image_ref(&record.labels),
                 "snapshot_id": record.id.to_string(),
@@ -217,26 +249,35 @@ fn daemons(snapshots: &Snapshots) -> String {
     let list: Vec<_> = list
         .into_iter()
         .map(|daemon| {
-            let id = daemon.snapshot_id.to_string();
-            let instance = json!({
-                "snapshot_id": id,
-                "snapshot_dir": snapshots.layout.snapshot(daemon.snapshot_id),
-                "mountpoint": daemon.mountpoint,
-                "image_id": daemon.image_id,
-            });
+            let instances: serde_json::Map<_, _> = daemon
+                .images
+                .iter()
+                .map(|image| instance(snapshots, image))
+                .collect();
             json!({
-                "id": id,
+                "id": daemon.id,
                 "pid": daemon.pid.unwrap_or_default(),
-                "api_socket": "",
+                "api_socket": daemon.api_socket,
                 "supervisor_path": daemon.supervisor_path,
-                "reference": 1,
+                "reference": instances.len(),
                 "mountpoint": daemon.mountpoint,
                 "memory_rss_kb": memory.get(&daemon.group.unwrap_or_default()).unwrap_or(&0),
-                "instances": {id.clone(): instance},
+                "instances": instances,
             })
         })
         .collect();
     json!(list).to_string()
+}
+
+fn instance(snapshots: &Snapshots, image: &Instance) -> (String, Value) {
+    let id = image.snapshot_id.to_string();
+    let described = json!({
+        "snapshot_id": id,
+        "snapshot_dir": snapshots.layout.snapshot(image.snapshot_id),
+        "mountpoint": image.mountpoint,
+        "image_id": image.image_id,
+    });
+    (id, described)
 }
 
 /// Numbers in Prometheus' text format.

@@ -15,7 +15,7 @@ const CONTAINERS: usize = 20;
 
 /// What is killed.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Victim {
+pub(crate) enum Victim {
     Worker,
     Keeper,
     Daemon,
@@ -65,7 +65,7 @@ fn processes(node: &Node) -> BTreeSet<i32> {
     node.plugin.processes().unwrap().into_iter().collect()
 }
 
-fn kill_one_of_all(node: &mut Node, victim: Victim) {
+pub(crate) fn kill_one_of_all(node: &mut Node, victim: Victim) {
     match victim {
         Worker => kill_one(node, false),
         Keeper => kill_one(node, true),

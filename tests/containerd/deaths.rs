@@ -10,7 +10,7 @@ use support::notify::ServiceManager;
 use support::registry::Auth;
 
 use crate::node::{
-    DRIVERS, Node, check_part, cold_reader, is_empty, kill_the_daemon, patiently, wait_for,
+    DRIVERS, MODES, Node, check_part, cold_reader, is_empty, kill_the_daemon, patiently, wait_for,
 };
 
 /// The plugin has what it needs to have the next daemon go on.
@@ -20,8 +20,11 @@ fn wait_until_held(node: &Node) {
 
 #[test]
 fn containers_survive_the_death_of_their_whole_daemon() {
-    for driver in DRIVERS {
-        let mut node = Node::configured(Auth::Open, Some(driver));
+    for (driver, mode) in DRIVERS
+        .into_iter()
+        .flat_map(|driver| MODES.map(|mode| (driver, mode)))
+    {
+        let mut node = Node::in_mode(Auth::Open, Some(driver), mode);
         let mut cri = node.containerd.cri().unwrap();
         cri.pull(&node.registry.reference("app:nydus"), None)
             .unwrap();

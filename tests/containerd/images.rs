@@ -2,15 +2,18 @@
 //! one image.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::command::succeed;
 use support::cri::Cri;
 use support::registry::Auth;
 
-use crate::node::{COLD_LOOP, Node, convert, is_empty, patiently, start_image, sums, wait_for};
+use crate::demo;
+use crate::node::{COLD_LOOP, Node, convert, is_empty, patiently, start_image, sums};
 
 /// How many pods are started at once.
 const PODS: usize = 50;
@@ -112,10 +115,10 @@ fn a_container_is_committed_and_run_again() {
 }
 
 /// Pushes `source` with one more layer as `target`.
-fn push_on_top(node: &Node, source: &str, layer: &std::path::Path, target: &str) {
+fn push_on_top(node: &Node, source: &str, layer: &Path, target: &str) {
     let registry = &node.registry;
     let (repository, _) = target.split_once(':').unwrap();
-    let size = |file: &std::path::Path| fs::metadata(file).unwrap().len();
+    let size = |file: &Path| fs::metadata(file).unwrap().len();
     let mut unpacked = Command::new("sh");
     unpacked
         .args(["-c", "gzip -dc \"$LAYER\" | sha256sum"])
@@ -147,16 +150,43 @@ fn push_on_top(node: &Node, source: &str, layer: &std::path::Path, target: &str)
     registry.push_manifest(target, &manifest).unwrap();
 }
 
+/// What each of the pods does: reads some large files whole, and starts a program that reads
+/// a hundred small ones.
+const SCRIPT: &str = "sha256sum /usr/bin/python3.11 /usr/sbin/nginx && \
+    python3 -c 'import json,ssl,sqlite3,http.server,asyncio,decimal; print(json.dumps(\"started\"))'";
+
+/// Puts the image of `make demo` into the registry, converted; returns what [`SCRIPT`]
+/// prints.
+fn push_demo(node: &Node) -> String {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../out/demo");
+    let layout = demo::find_or_make(&directory).unwrap();
+    node.registry
+        .push(&layout, demo::TAG, "demo:original")
+        .unwrap();
+    convert(&node.registry, "demo:original", "demo:nydus", &[]);
+    let root = directory.join("root");
+    let mut sums = Command::new("sha256sum");
+    sums.current_dir(root)
+        .args(["usr/bin/python3.11", "usr/sbin/nginx"]);
+    let sums = succeed(&mut sums)
+        .unwrap()
+        .stdout
+        .replace("  usr", "  /usr");
+    format!("{sums}\"started\"\n")
+}
+
 #[test]
 fn fifty_pods_at_once() {
     let node = Node::new(Auth::Open);
+    let expected = push_demo(&node);
     let mut cri = node.containerd.cri().unwrap();
-    cri.pull(&node.registry.reference("app:nydus"), None)
+    cri.pull(&node.registry.reference("demo:nydus"), None)
         .unwrap();
     cri.pull(&node.registry.reference("pause:1"), None).unwrap();
     let before = snapshots(&node);
-    let expected = sums(&node.tree);
-    let script = ("app:nydus", "sha256sum /data/used /data/text");
+    let mark = node.registry.log().len();
+    let began = Instant::now();
+    let script = ("demo:nydus", SCRIPT);
     thread::scope(|scope| {
         for index in 0..PODS {
             let (node, expected) = (&node, &expected);
@@ -165,8 +195,7 @@ fn fifty_pods_at_once() {
                 let name = format!("pod-{index}");
                 let pod = cri.run_pod(&name, &node.logs()).unwrap();
                 let container = start_image(node, &mut cri, &pod, &name, script);
-                wait_for("its end", || cri.exit_code(&container).unwrap().is_some());
-                assert_eq!(cri.exit_code(&container).unwrap(), Some(0), "{name}");
+                wait_for_end(&mut cri, &container, &name);
                 let log = fs::read_to_string(node.logs().join(format!("{name}.log"))).unwrap();
                 // Time, stream and a mark come first.
                 let output = log.lines().map(|line| line.splitn(4, ' ').nth(3).unwrap());
@@ -174,6 +203,13 @@ fn fifty_pods_at_once() {
             });
         }
     });
+    let fetched = node.registry.traffic_since(mark).bytes;
+    println!(
+        "{PODS} pods in {:?}, {fetched} bytes fetched",
+        began.elapsed()
+    );
+    // Once for all of them, and not the whole image.
+    assert!(fetched < 40_000_000, "{fetched}");
     assert_eq!(node.wait_for_daemons(1).len(), 1);
     assert!(snapshots(&node).len() >= before.len() + 2 * PODS);
     patiently(|| cri.remove_all_pods());
@@ -185,6 +221,41 @@ fn fifty_pods_at_once() {
     assert!(is_empty(&root.join("supervisor")) && is_empty(&root.join("config")));
     let directories = fs::read_dir(root.join("snapshots")).unwrap().count();
     assert_eq!(directories, before.len());
+}
+
+/// Waits for a container that ends well. Fifty of them share two processors.
+#[track_caller]
+fn wait_for_end(cri: &mut Cri, container: &str, name: &str) {
+    let began = Instant::now();
+    let code = loop {
+        match cri.exit_code(container).unwrap() {
+            Some(code) => break code,
+            None => assert!(began.elapsed() < Duration::from_secs(180), "{name} goes on"),
+        }
+        thread::sleep(Duration::from_millis(100));
+    };
+    assert_eq!(code, 0, "{name}");
+}
+
+/// `ctr` passes no names of images, but runs what somebody else has pulled.
+#[test]
+fn ctr_runs_what_was_pulled_by_others() {
+    let node = Node::new(Auth::Open);
+    let mut cri = node.containerd.cri().unwrap();
+    for image in ["app:nydus", "app:original"] {
+        let image = node.registry.reference(image);
+        cri.pull(&image, None).unwrap();
+        let mut run = node.containerd.ctr("k8s.io");
+        run.args(["run", "--rm", "--snapshotter", "nydus", &image, "by-ctr"]);
+        run.args(["sha256sum", "/data/used", "/data/text"]);
+        assert_eq!(
+            succeed(&mut run).unwrap().stdout,
+            sums(&node.tree),
+            "{image}"
+        );
+    }
+    // Nor is anything left of it.
+    node.wait_for_daemons(0);
 }
 
 /// Names of all snapshots.

@@ -8,10 +8,12 @@
 //! - [`layers`]: changes of layers, seen through the mounts
 //! - [`crash`]: the plugin killed at any moment, and its directory damaged
 //! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
+//! - [`shared`]: one daemon that serves all images, or one for each, and the change
 //! - [`images`]: other ways in which images are made, and many pods of one
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
 //! - [`system`]: what the plugin tells, and its daemons replaced while containers read
+//! - [`wishes`]: what the plugin is told at run time
 
 #![allow(
     clippy::unwrap_used,
@@ -21,12 +23,16 @@
 mod chaos;
 mod crash;
 mod deaths;
+#[path = "../bin/demo/image.rs"]
+mod demo;
 mod images;
 mod layers;
 mod node;
 mod pods;
+mod shared;
 mod suite;
 mod system;
+mod wishes;
 
 use std::path::{Path, PathBuf};
 

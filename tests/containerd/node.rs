@@ -20,6 +20,9 @@ use support::registry::{Auth, Registry};
 use support::tree::nasty;
 use tempfile::TempDir;
 
+/// One daemon for all images, or one for each.
+pub(crate) const MODES: [&str; 2] = ["shared", "dedicated"];
+
 /// What serves images, by the types of their file systems.
 pub(crate) const DRIVERS: [&str; 2] = ["fuse", "erofs"];
 
@@ -64,25 +67,22 @@ impl Node {
 
     /// * `driver`: what serves images; the plugin's own choice if none.
     pub(crate) fn configured(auth: Auth, driver: Option<&str>) -> Self {
+        Self::in_mode(auth, driver, "shared")
+    }
+
+    /// * `mode`: `shared` for one daemon, `dedicated` for one per image.
+    pub(crate) fn in_mode(auth: Auth, driver: Option<&str>, mode: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let configuration = driver.map_or(String::new(), |driver| {
-            let template = directory.path().join("template.json");
-            let settings = serde_json::json!({
-                "device": {"backend": {"type": "registry"}},
-                "mode": "direct",
-                "driver": driver,
-            });
-            fs::write(&template, settings.to_string()).unwrap();
-            format!("[daemon]\nnydusd_config = {template:?}\n")
-        });
+        let configuration = configuration(directory.path(), driver, mode);
         Self::assemble(directory, auth, &configuration, true)
     }
 
     /// A node whose plugin has no credentials, but is the image service of kubelet.
-    pub(crate) fn with_image_service(auth: Auth) -> Self {
+    pub(crate) fn with_image_service(auth: Auth, mode: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let configuration = format!(
-            "[remote.auth]\nenable_cri_keychain = true\nimage_service_address = {:?}\n",
+            "{}[remote.auth]\nenable_cri_keychain = true\nimage_service_address = {:?}\n",
+            configuration(directory.path(), None, mode),
             directory.path().join("containerd.sock")
         );
         Self::assemble(directory, auth, &configuration, false)
@@ -143,13 +143,22 @@ impl Node {
     pub(crate) fn mounted_as(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let snapshots = self.plugin.root().join("snapshots");
-        let images = table.lines().filter_map(|line| {
-            let (place, kind) = line.split_once(" - ")?;
-            let point = Path::new(place.split(' ').nth(4)?);
-            let ours = point.starts_with(&snapshots) && point.ends_with("mnt");
-            ours.then(|| kind.split(' ').next().unwrap_or_default().to_owned())
-        });
-        images.collect()
+        let shared = self.plugin.root().join("mnt");
+        let mut images = Vec::new();
+        for (place, kind) in table.lines().filter_map(|line| line.split_once(" - ")) {
+            let point = Path::new(place.split(' ').nth(4).unwrap_or_default());
+            let kind = kind.split(' ').next().unwrap_or_default().to_owned();
+            let own = point.starts_with(&snapshots) && point.ends_with("mnt");
+            if own || point.parent() == Some(&shared) {
+                images.push(kind);
+            } else if point == shared {
+                // One mount, with a directory for each image, which stays empty after it.
+                let entries = fs::read_dir(point).into_iter().flatten();
+                let full = entries.filter(|entry| !is_empty(&entry.as_ref().unwrap().path()));
+                images.extend(full.map(|_| kind.clone()));
+            }
+        }
+        images
     }
 
     /// A blob that is complete is not asked about any more, and a reader of it proves
@@ -209,6 +218,22 @@ impl Node {
         );
         String::from_utf8(done.stdout).unwrap()
     }
+}
+
+/// What a plugin in `directory` is told: which driver, if any, and which daemons.
+pub(crate) fn configuration(directory: &Path, driver: Option<&str>, mode: &str) -> String {
+    let mode = format!("daemon_mode = {mode:?}\n");
+    let Some(driver) = driver else {
+        return mode;
+    };
+    let template = directory.join("template.json");
+    let settings = serde_json::json!({
+        "device": {"backend": {"type": "registry"}},
+        "mode": "direct",
+        "driver": driver,
+    });
+    fs::write(&template, settings.to_string()).unwrap();
+    format!("{mode}[daemon]\nnydusd_config = {template:?}\n")
 }
 
 /// Converts an image of the registry.

@@ -10,11 +10,19 @@ use support::plugin::Mounted;
 use support::registry::{Auth, PASSWORD, USER};
 use support::tree::nasty;
 
-use crate::node::{Node, check_part, is_empty, kill_the_daemon, reader, sums, wait_for};
+use crate::node::{MODES, Node, check_part, is_empty, kill_the_daemon, reader, sums, wait_for};
 
 #[test]
 fn a_pod_starts_without_its_data() {
-    let node = Node::new(Auth::Open);
+    for mode in MODES {
+        let (pulled, started) = start_without_data(mode);
+        println!("fetched {pulled} bytes to pull and {started} to run; 8000000 are never read");
+    }
+}
+
+/// Returns what was fetched to pull an image and to run a program from it.
+fn start_without_data(mode: &str) -> (u64, u64) {
+    let node = Node::in_mode(Auth::Open, None, mode);
     let mut cri = node.containerd.cri().unwrap();
     let image = node.registry.reference("app:nydus");
     let pod = cri.run_pod("lazy", &node.logs()).unwrap();
@@ -29,7 +37,6 @@ fn a_pod_starts_without_its_data() {
     );
     let first = reader(&node, &mut cri, &pod, "first");
     let started = node.registry.traffic_since(mark).bytes;
-    println!("fetched {pulled} bytes to pull and {started} to run; 8000000 are never read");
     assert!(pulled < 200_000, "{pulled}");
     assert!(started < 6_000_000, "{started}");
 
@@ -74,6 +81,7 @@ fn a_pod_starts_without_its_data() {
         let mut left = fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap());
         left.all(|entry| entry.file_name() == "mounts" && is_empty(&entry.path()))
     });
+    (pulled, started)
 }
 
 #[test]
@@ -107,16 +115,24 @@ fn ordinary_images_and_the_other_snapshotter() {
 
 #[test]
 fn credentials_are_used_and_never_written() {
-    let node = Node::new(Auth::Basic);
-    let mut images = node.containerd.cri().unwrap();
-    run_with_credentials(&node, &mut images);
-    images.remove_all_pods().unwrap();
+    for mode in MODES {
+        let node = Node::in_mode(Auth::Basic, None, mode);
+        let mut images = node.containerd.cri().unwrap();
+        run_with_credentials(&node, &mut images);
+        images.remove_all_pods().unwrap();
+    }
 }
 
 /// The plugin has no credentials of its own, and sees those of pulls.
 #[test]
 fn credentials_of_pulls_are_remembered_and_never_written() {
-    let mut node = Node::with_image_service(Auth::Basic);
+    for mode in MODES {
+        remember_credentials(mode);
+    }
+}
+
+fn remember_credentials(mode: &str) {
+    let mut node = Node::with_image_service(Auth::Basic, mode);
     let mut images = Cri::connect(&node.plugin.address()).unwrap();
     let refused = images.pull(&node.registry.reference("app:nydus"), Some((USER, "wrong")));
     let refused = format!("{:#}", refused.unwrap_err());
@@ -179,7 +195,13 @@ fn run_with_credentials(node: &Node, images: &mut Cri) -> String {
 /// is found again.
 #[test]
 fn restarts_are_not_noticed() {
-    let mut node = Node::new(Auth::Open);
+    for mode in MODES {
+        restart(mode);
+    }
+}
+
+fn restart(mode: &str) {
+    let mut node = Node::in_mode(Auth::Open, None, mode);
     let mut cri = node.containerd.cri().unwrap();
     cri.pull(&node.registry.reference("app:nydus"), None)
         .unwrap();

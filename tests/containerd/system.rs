@@ -13,7 +13,7 @@ use support::cri::Cri;
 use support::registry::Auth;
 
 use crate::node::{
-    DRIVERS, Node, check_part, cold_reader, convert, is_empty, kill_the_daemon, start_image,
+    DRIVERS, MODES, Node, check_part, cold_reader, convert, is_empty, kill_the_daemon, start_image,
     wait_for,
 };
 
@@ -100,57 +100,69 @@ fn check_program(node: &Node, daemons: usize, program: &Path) {
 #[test]
 fn daemons_are_replaced_while_containers_read() {
     for driver in DRIVERS {
-        let mut node = Node::configured(Auth::Open, Some(driver));
-        let mut cri = node.containerd.cri().unwrap();
-        convert(
-            &node.registry,
-            "app:original",
-            "other:nydus",
-            &["--compressor", "lz4_block"],
-        );
-        for image in ["app:nydus", "other:nydus"] {
-            cri.pull(&node.registry.reference(image), None).unwrap();
-        }
-        let pod = cri.run_pod("steady", &node.logs()).unwrap();
-        let first = cold_reader(&node, &mut cri, &pod, "first");
-        let script = crate::node::COLD_LOOP;
-        let second = start_image(&node, &mut cri, &pod, "second", ("other:nydus", script));
-        let containers = vec![first, ("second".to_owned(), second)];
-        wait_for("the first round", || node.rounds("second") > 0);
-        node.wait_for_daemons(2);
-        check_program(&node, 2, &nydusd_path().unwrap());
-        for (round, name) in ["one", "two", "three"].into_iter().enumerate() {
-            if round == 1 {
-                // The next life of the plugin finds them, and has to ask for what they hold.
-                node.plugin.stop().unwrap();
-                node.plugin.start_again().unwrap();
-            }
-            let program = copy_of_nydusd(&node, name);
-            let before = node.wait_for_daemons(2);
-            check_success(&node, &upgrade(&node, &program, ""));
-            let after = node.wait_for_daemons(2);
-            assert!(before.iter().all(|pid| !after.contains(pid)), "{after:?}");
-            check_program(&node, 2, &program);
-            node.wait_for_progress(&mut cri, &containers);
-            for (_, container) in &containers {
-                check_part(&node, &mut cri, container, round);
-            }
-            assert_eq!(node.mounted_as(), [driver, driver]);
-        }
-        // The same once more is nothing to do.
-        let before = node.wait_for_daemons(2);
-        check_success(
-            &node,
-            &upgrade(&node, &node.directory.path().join("three"), ""),
-        );
-        assert_eq!(node.wait_for_daemons(2), before);
-        node.check_that_daemons_are_needed();
-        cri.remove_pod(&pod).unwrap();
-        node.wait_for_daemons(0);
-        let root = node.plugin.root();
-        wait_for("the end of the mounts", || node.mounted_as().is_empty());
-        wait_for("no socket", || is_empty(&root.join("supervisor")));
+        replace_daemons(driver, "shared", 1);
     }
+}
+
+#[test]
+fn one_daemon_per_image_is_replaced_while_containers_read() {
+    for driver in DRIVERS {
+        replace_daemons(driver, "dedicated", 2);
+    }
+}
+
+/// * `daemons`: how many there are for two images.
+fn replace_daemons(driver: &str, mode: &str, daemons: usize) {
+    let mut node = Node::in_mode(Auth::Open, Some(driver), mode);
+    let mut cri = node.containerd.cri().unwrap();
+    convert(
+        &node.registry,
+        "app:original",
+        "other:nydus",
+        &["--compressor", "lz4_block"],
+    );
+    for image in ["app:nydus", "other:nydus"] {
+        cri.pull(&node.registry.reference(image), None).unwrap();
+    }
+    let pod = cri.run_pod("steady", &node.logs()).unwrap();
+    let first = cold_reader(&node, &mut cri, &pod, "first");
+    let script = crate::node::COLD_LOOP;
+    let second = start_image(&node, &mut cri, &pod, "second", ("other:nydus", script));
+    let containers = vec![first, ("second".to_owned(), second)];
+    wait_for("the first round", || node.rounds("second") > 0);
+    node.wait_for_daemons(daemons);
+    check_program(&node, daemons, &nydusd_path().unwrap());
+    for (round, name) in ["one", "two", "three"].into_iter().enumerate() {
+        if round == 1 {
+            // The next life of the plugin finds them, and has to ask for what they hold.
+            node.plugin.stop().unwrap();
+            node.plugin.start_again().unwrap();
+        }
+        let program = copy_of_nydusd(&node, name);
+        let before = node.wait_for_daemons(daemons);
+        check_success(&node, &upgrade(&node, &program, ""));
+        let after = node.wait_for_daemons(daemons);
+        assert!(before.iter().all(|pid| !after.contains(pid)), "{after:?}");
+        check_program(&node, daemons, &program);
+        node.wait_for_progress(&mut cri, &containers);
+        for (_, container) in &containers {
+            check_part(&node, &mut cri, container, round);
+        }
+        assert_eq!(node.mounted_as(), [driver, driver]);
+    }
+    // The same once more is nothing to do.
+    let before = node.wait_for_daemons(daemons);
+    check_success(
+        &node,
+        &upgrade(&node, &node.directory.path().join("three"), ""),
+    );
+    assert_eq!(node.wait_for_daemons(daemons), before);
+    node.check_that_daemons_are_needed();
+    cri.remove_pod(&pod).unwrap();
+    node.wait_for_daemons(0);
+    let root = node.plugin.root();
+    wait_for("the end of the mounts", || node.mounted_as().is_empty());
+    wait_for("no socket", || is_empty(&root.join("supervisor")));
 }
 
 #[test]
@@ -231,7 +243,13 @@ fn version_of(program: &Path) -> String {
 
 #[test]
 fn it_tells_what_is_there() {
-    let node = Node::new(Auth::Open);
+    for mode in MODES {
+        tell_what_is_there(mode);
+    }
+}
+
+fn tell_what_is_there(mode: &str) {
+    let node = Node::in_mode(Auth::Open, None, mode);
     let mut cri = node.containerd.cri().unwrap();
     let image = node.registry.reference("app:nydus");
     assert_eq!(tell(&node, "/api/v1/daemons"), json!([]));
@@ -250,14 +268,23 @@ fn it_tells_what_is_there() {
     let daemons = tell(&node, "/api/v1/daemons");
     let daemon = &daemons[0];
     assert_eq!(daemons.as_array().unwrap().len(), 1);
+    let is_shared = mode == "shared";
+    let name = if is_shared { "shared" } else { &id };
     assert_eq!(
         (&daemon["id"], &daemon["reference"]),
-        (&json!(id), &json!(1))
+        (&json!(name), &json!(1))
     );
     assert_eq!(daemon["pid"], json!(node.wait_for_daemons(1)[0]));
     let instance = &daemon["instances"][&id];
     assert_eq!(instance["image_id"], json!(image));
-    assert_eq!(instance["mountpoint"], daemon["mountpoint"]);
+    let point = daemon["mountpoint"].as_str().unwrap();
+    let point = match is_shared {
+        true => format!("{point}/{id}"),
+        false => point.to_owned(),
+    };
+    assert_eq!(instance["mountpoint"], json!(point));
+    let socket = Path::new(daemon["api_socket"].as_str().unwrap());
+    assert_eq!(socket.exists(), is_shared);
     // Keeper and worker: a program of some megabytes, twice.
     assert!(
         daemon["memory_rss_kb"].as_u64().unwrap() > 4 << 10,

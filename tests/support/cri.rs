@@ -22,12 +22,24 @@ struct ImageSpec {
     image: String,
 }
 
+/// Whom a pull is authenticated as, in one of these ways.
 #[derive(Clone, PartialEq, Message)]
-struct Auth {
+pub struct Auth {
+    /// Name.
     #[prost(string, tag = "1")]
-    username: String,
+    pub username: String,
+    /// Password.
     #[prost(string, tag = "2")]
-    password: String,
+    pub password: String,
+    /// Both, with a colon between them, in base64.
+    #[prost(string, tag = "3")]
+    pub auth: String,
+    /// A token that the registry's token service takes.
+    #[prost(string, tag = "5")]
+    pub identity_token: String,
+    /// A token that the registry takes.
+    #[prost(string, tag = "6")]
+    pub registry_token: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -254,7 +266,16 @@ impl Cri {
         let auth = login.map(|(username, password)| Auth {
             username: username.to_owned(),
             password: password.to_owned(),
+            ..Auth::default()
         });
+        self.pull_as(image, auth)
+    }
+
+    /// Pulls an image with whatever kubelet may know.
+    ///
+    /// # Errors
+    /// What containerd says.
+    pub fn pull_as(&mut self, image: &str, auth: Option<Auth>) -> Result<()> {
         let request = PullImage {
             image: Some(spec(image)),
             auth,

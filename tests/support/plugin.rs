@@ -42,6 +42,7 @@ pub struct Plugin {
     directory: PathBuf,
     environment: Vec<(String, PathBuf)>,
     configuration: String,
+    program: PathBuf,
     starts: u32,
 }
 
@@ -64,10 +65,23 @@ impl Plugin {
                 .map(|(k, v)| ((*k).to_owned(), v.clone()))
                 .collect(),
             configuration: configuration.to_owned(),
+            program: nydusd_path()?,
             starts: 0,
         };
         plugin.start_again()?;
         Ok(plugin)
+    }
+
+    /// Has its next life configured otherwise.
+    ///
+    /// * `configuration`: as for [`Plugin::start`].
+    pub fn configure(&mut self, configuration: &str) {
+        configuration.clone_into(&mut self.configuration);
+    }
+
+    /// Has its next life told of another nydusd.
+    pub fn configure_program(&mut self, program: &Path) {
+        program.clone_into(&mut self.program);
     }
 
     /// Starts it after it has ended.
@@ -107,7 +121,7 @@ impl Plugin {
             .arg("--config")
             .arg(config)
             .arg("--nydusd")
-            .arg(nydusd_path()?);
+            .arg(&self.program);
         command.arg("--log-level").arg("debug");
         command.env("DOCKER_CONFIG", self.directory.join("no-credentials"));
         command.envs(self.environment.iter().cloned());
@@ -276,6 +290,12 @@ impl Drop for Plugin {
         {
             detach(&entry.path().join("mnt"));
         }
+        let shared = self.root().join("mnt");
+        // Directories that a mount shows, and its daemon is gone, cannot be listed.
+        for entry in std::fs::read_dir(&shared).into_iter().flatten().flatten() {
+            detach(&entry.path());
+        }
+        detach(&shared);
     }
 }
 

@@ -6,7 +6,7 @@
 //! `openssl` makes key, certificate and signatures.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,6 +26,10 @@ use crate::proxy::Head;
 use crate::registry::{PASSWORD, USER};
 
 const ISSUER: &str = "token server of a test";
+/// What stands for a log-in that was made earlier: good for tokens, too.
+pub const IDENTITY: &str = "1dent1ty-t0ken";
+/// Longest form that is read.
+const MAX_FORM: usize = 1 << 16;
 const SERVICE: &str = "registry of a test";
 
 /// A running token server; it ends with the test program.
@@ -83,12 +87,23 @@ impl TokenServer {
 fn answer(mut stream: TcpStream, signer: &Signer) -> Result<bool> {
     let head = Head::read(&mut stream)?;
     let expected = format!("Basic {}", STANDARD.encode(format!("{USER}:{PASSWORD}")));
-    let known = head
-        .header("authorization")
-        .is_some_and(|value| value == expected);
+    let form = form(&head, &mut stream)?;
+    let identity = form
+        .split('&')
+        .any(|pair| pair == format!("refresh_token={IDENTITY}"));
+    let known = identity
+        || head
+            .header("authorization")
+            .is_some_and(|value| value == expected);
     let (status, body) = if known {
-        let token = signer.token(&access(&head.target))?;
-        ("200 OK", json!({"token": token, "expires_in": 300}))
+        let asked = if identity {
+            format!("?{form}")
+        } else {
+            head.target
+        };
+        let token = signer.token(&access(&asked))?;
+        let both = json!({"token": token, "access_token": token, "expires_in": 300});
+        ("200 OK", both)
     } else {
         (
             "401 Unauthorized",
@@ -103,6 +118,15 @@ fn answer(mut stream: TcpStream, signer: &Signer) -> Result<bool> {
         body.len()
     )?;
     Ok(known)
+}
+
+/// The form that comes with a request: OAuth 2 has one for refresh tokens.
+fn form(head: &Head, stream: &mut TcpStream) -> Result<String> {
+    let length = head.header("content-length").map_or(Ok(0), str::parse)?;
+    anyhow::ensure!(length <= MAX_FORM, "a form of {length} bytes");
+    let mut form = vec![0; length];
+    stream.read_exact(&mut form)?;
+    Ok(String::from_utf8(form)?)
 }
 
 /// What the `scope` parameters of a request ask for: `repository:name:pull,push`.

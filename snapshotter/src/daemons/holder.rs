@@ -23,11 +23,15 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::process::Process;
+use super::service::{SHARED, label};
 use crate::manager::{Files, Manager};
 use crate::notify::{Notice, receive};
 
-/// Most descriptors of one daemon: an image has at most 255 blobs.
+/// Most descriptors of the daemon of one image, which has at most 255 blobs.
 const MAX_FILES: usize = 1024;
+/// Most descriptors of the daemon of all images: their names are passed on in one variable,
+/// which the kernel limits to 128 KiB.
+const MAX_FILES_OF_ALL: usize = 4096;
 /// What the names of descriptors that belong to a mount begin with.
 const MOUNT: &str = "mount-";
 /// How often it is looked whether a daemon that gets ready still lives.
@@ -39,7 +43,7 @@ pub(crate) const AGAIN: i32 = libc::SIGURG;
 /// The socket of one daemon, and what it has left.
 #[derive(Debug)]
 pub(crate) struct Holder {
-    image: u64,
+    daemon: u64,
     path: PathBuf,
     socket: UnixDatagram,
     state: Mutex<State>,
@@ -63,7 +67,7 @@ impl Holder {
     /// # Errors
     /// The socket or a thread cannot be made.
     pub(crate) fn new(
-        image: u64,
+        daemon: u64,
         path: &Path,
         files: Files,
         manager: Option<Arc<Manager>>,
@@ -74,7 +78,7 @@ impl Holder {
         let socket = UnixDatagram::bind(&partial)?;
         fs::rename(&partial, path)?;
         let holder = Arc::new(Self {
-            image,
+            daemon,
             path: path.to_owned(),
             socket,
             state: Mutex::new(State {
@@ -86,7 +90,7 @@ impl Holder {
         });
         let listening = Arc::clone(&holder);
         thread::Builder::new()
-            .name(format!("hold-{image}"))
+            .name(format!("hold-{daemon}"))
             .stack_size(256 << 10)
             .spawn(move || listening.listen())?;
         Ok(holder)
@@ -171,7 +175,7 @@ impl Holder {
 
     fn let_go(&self, state: &mut State) {
         for name in state.files.keys() {
-            self.pass_on(|manager| manager.remove(self.image, name));
+            self.pass_on(|manager| manager.remove(self.daemon, name));
         }
         state.files.clear();
     }
@@ -196,7 +200,9 @@ impl Holder {
             match receive(&self.socket) {
                 Ok(None) => return,
                 Ok(Some(notice)) => self.apply(state, notice),
-                Err(error) => tracing::error!("image {}: a notice is lost: {error}", self.image),
+                Err(error) => {
+                    tracing::error!("daemon {}: a notice is lost: {error}", label(self.daemon))
+                }
             }
         }
     }
@@ -204,29 +210,33 @@ impl Holder {
     fn apply(&self, state: &mut State, notice: Notice) {
         match notice {
             Notice::Store { name, file } => {
-                if state.files.len() >= MAX_FILES && !state.files.contains_key(&name) {
+                let most = match self.daemon {
+                    SHARED => MAX_FILES_OF_ALL,
+                    _ => MAX_FILES,
+                };
+                if state.files.len() >= most && !state.files.contains_key(&name) {
                     if !std::mem::replace(&mut state.full, true) {
                         tracing::error!(
-                            "image {}: more than {MAX_FILES} descriptors; the others are not held",
-                            self.image
+                            "daemon {}: more than {most} descriptors; the others are not held",
+                            label(self.daemon)
                         );
                     }
                     return;
                 }
-                self.pass_on(|manager| manager.store(self.image, &name, &file));
+                self.pass_on(|manager| manager.store(self.daemon, &name, &file));
                 state.files.insert(name, file);
             }
             Notice::Remove { name } => {
                 if state.files.remove(&name).is_some() {
-                    self.pass_on(|manager| manager.remove(self.image, &name));
+                    self.pass_on(|manager| manager.remove(self.daemon, &name));
                 }
             }
             Notice::Ready => {
                 state.ready = true;
                 self.ready.notify_all();
                 tracing::info!(
-                    "image {}: holding {} descriptors for its daemon",
-                    self.image,
+                    "daemon {}: holding {} descriptors for it",
+                    label(self.daemon),
                     state.files.len()
                 );
             }

@@ -3,14 +3,14 @@
 //! A process is held by a descriptor of it, so its number can be used by another
 //! one meanwhile without harm. It leads a process group, in which its own children are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -222,6 +222,19 @@ pub(crate) fn find(mountpoint: &Path) -> Option<Process> {
 
 /// The processes that say so, each with its parent.
 fn family(mountpoint: &Path) -> Option<Vec<(i32, Option<i32>)>> {
+    let neighbours = neighbours()?.into_iter();
+    let found = neighbours.filter(|(_, path)| place_of(path).as_deref() == Some(mountpoint));
+    Some(found.map(|(pid, path)| (pid, parent_of(&path))).collect())
+}
+
+/// Every mount point that a process says it serves.
+pub(crate) fn served() -> BTreeSet<PathBuf> {
+    let neighbours = neighbours().unwrap_or_default().into_iter();
+    neighbours.filter_map(|(_, path)| place_of(&path)).collect()
+}
+
+/// All other processes that see the same mounts, with their directories.
+fn neighbours() -> Option<Vec<(i32, PathBuf)>> {
     let mut found = Vec::new();
     let here = fs::read_link("/proc/self/ns/mnt").ok()?;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
@@ -232,8 +245,8 @@ fn family(mountpoint: &Path) -> Option<Vec<(i32, Option<i32>)>> {
         // The command line of a process is in its memory, and one of a container that waits
         // for the very daemon we look for may let nobody look into that.
         let same = fs::read_link(entry.path().join("ns/mnt")).is_ok_and(|there| there == here);
-        if same && pid.unsigned_abs() != std::process::id() && serves(&entry.path(), mountpoint) {
-            found.push((pid, parent_of(&entry.path())));
+        if same && pid.unsigned_abs() != std::process::id() {
+            found.push((pid, entry.path()));
         }
     }
     Some(found)
@@ -250,7 +263,8 @@ fn eldest(family: &[(i32, Option<i32>)], mountpoint: &Path) -> Option<Process> {
         found: true,
     };
     // Looked at again now that its number cannot be given to another one unnoticed.
-    serves(&Path::new("/proc").join(pid.to_string()), mountpoint).then_some(process)
+    let place = place_of(&Path::new("/proc").join(pid.to_string()));
+    (place.as_deref() == Some(mountpoint)).then_some(process)
 }
 
 /// Whether something is mounted exactly at `point`.
@@ -260,16 +274,25 @@ pub(crate) fn is_mounted(point: &Path) -> bool {
 
 /// The type of the file system that is mounted exactly at `point`.
 pub(crate) fn kind_of_mount(point: &Path) -> Option<String> {
+    let mut mounts = mounts_in(point).into_iter();
+    mounts.find_map(|(place, kind)| (place == point).then_some(kind))
+}
+
+/// What is mounted at `point` and below it, with its type, in the order in which it was.
+pub(crate) fn mounts_in(point: &Path) -> Vec<(PathBuf, String)> {
     let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
-    let mut lines = table.split(|&byte| byte == b'\n');
-    let fields = lines.find_map(|line| {
+    let lines = table.split(|&byte| byte == b'\n');
+    let mounts = lines.filter_map(|line| {
         let mut fields = line.split(|&byte| byte == b' ');
-        let place = fields.nth(4)?;
-        (Path::new(OsStr::from_bytes(place)) == point).then_some(fields)
+        let place = Path::new(OsStr::from_bytes(fields.nth(4)?));
+        if !place.starts_with(point) {
+            return None;
+        }
+        // The number of fields in between varies, and a dash ends them.
+        let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
+        Some((place.to_owned(), String::from_utf8_lossy(kind).into_owned()))
     });
-    // The number of fields in between varies, and a dash ends them.
-    let kind = fields?.skip_while(|field| *field != b"-").nth(1)?;
-    Some(String::from_utf8_lossy(kind).into_owned())
+    mounts.collect()
 }
 
 fn open(pid: i32) -> io::Result<OwnedFd> {
@@ -283,11 +306,12 @@ fn open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-fn serves(process: &Path, mountpoint: &Path) -> bool {
+/// The mount point that a process says it serves.
+fn place_of(process: &Path) -> Option<PathBuf> {
     let line = fs::read(process.join("cmdline")).unwrap_or_default();
     let mut arguments = line.split(|&byte| byte == 0);
-    arguments.any(|argument| argument == b"--mountpoint")
-        && arguments.next() == Some(mountpoint.as_os_str().as_bytes())
+    arguments.find(|argument| *argument == b"--mountpoint")?;
+    Some(PathBuf::from(OsStr::from_bytes(arguments.next()?)))
 }
 
 fn parent_of(process: &Path) -> Option<i32> {
@@ -406,5 +430,7 @@ mod tests {
         assert!(is_mounted(Path::new("/")));
         assert_eq!(kind_of_mount(Path::new("/proc")).unwrap(), "proc");
         assert!(!is_mounted(Path::new("/nonexistent")));
+        let all = mounts_in(Path::new("/"));
+        assert!(all.len() > mounts_in(Path::new("/proc")).len(), "{all:?}");
     }
 }

@@ -14,15 +14,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use base64::Engine as _;
 use serde_json::{Map, Value, json};
-use storage::oci::{Credentials, ImageRef, RegistryRef, credentials};
+use storage::oci::{ImageRef, RegistryRef, credentials};
 
 use super::process::Process;
+use super::service::{SHARED, Service, label};
+use super::template;
 use crate::config::Config;
 use crate::error::Error;
 use crate::images::Image;
 use crate::keychain::Keychain;
 use crate::lifecycle::make_directory;
 use crate::mounts::Layout;
+use crate::prefetch::Lists;
 
 /// Variable from which nydusd takes credentials: base64 of `user:password`.
 const AUTH_VARIABLE: &str = "IMAGE_PULL_AUTH";
@@ -36,8 +39,10 @@ pub struct Settings {
     cache: PathBuf,
     log_level: String,
     threads: u32,
+    shared: bool,
     template: Map<String, Value>,
     keychain: Arc<Keychain>,
+    prefetch: Lists,
     /// What daemons had that were found again, by image.
     found: Mutex<BTreeMap<u64, String>>,
     runtime: tokio::runtime::Handle,
@@ -71,8 +76,10 @@ impl Settings {
             cache: config.cache_dir(),
             log_level: config.log.level.clone(),
             threads: config.daemon.threads_number,
-            template: template(&config.daemon.nydusd_config)?,
+            shared: config.is_shared(),
+            template: template::read(&config.daemon.nydusd_config)?,
             keychain,
+            prefetch: Lists::default(),
             found: Mutex::default(),
             runtime,
         })
@@ -109,66 +116,157 @@ impl Settings {
         self.program.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn mountpoint(&self, id: u64) -> PathBuf {
-        self.layout.mountpoint(id)
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Whether one daemon serves all images.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// The control socket of the daemon of all images.
+    pub(crate) fn control_socket(&self) -> PathBuf {
+        self.root
+            .join("socket")
+            .join(label(SHARED))
+            .join("api.sock")
     }
 
     pub(crate) fn config_dir(&self, id: u64) -> PathBuf {
-        self.root.join("config").join(id.to_string())
+        self.root.join("config").join(label(id))
     }
 
     pub(crate) fn log_file(&self, id: u64) -> PathBuf {
-        self.root
-            .join("logs")
-            .join(id.to_string())
-            .join("nydusd.log")
+        self.root.join("logs").join(label(id)).join("nydusd.log")
     }
 
     /// Where the daemon of an image leaves its descriptors.
     pub(crate) fn holder_socket(&self, id: u64) -> PathBuf {
-        self.root.join("supervisor").join(format!("{id}.sock"))
+        self.root
+            .join("supervisor")
+            .join(format!("{}.sock", label(id)))
     }
 
-    /// The command that serves `image`, whose configuration file is written.
+    /// The command of a daemon, whose configuration file is written.
     ///
     /// * `held`: whether its descriptors outlive it;
     /// * `program`: what it is to run.
     pub(crate) fn command(
         &self,
-        image: &Image,
+        service: &Service,
         held: bool,
         program: &Path,
     ) -> Result<Command, Error> {
-        let place = place_of(image)?;
-        let directory = self.config_dir(image.id);
-        make_directory(&directory, 0o700)?;
-        let file = directory.join("config.json");
-        write(&file, &self.config(image, &place, held).to_string())?;
         let mut command = Command::new(program);
+        // Not what this process may have been given for itself.
+        command.env_remove(AUTH_VARIABLE);
+        let directory = self.config_dir(service.id);
+        make_directory(&directory, 0o700)?;
+        let config = match &service.image {
+            Some(image) => {
+                let place = place_of(image)?;
+                command.arg("--bootstrap").arg(&image.bootstrap);
+                if let Some(word) = self.password(image, &place)? {
+                    command.env(AUTH_VARIABLE, word);
+                }
+                if let Some(list) = self.prefetch.take(&image.reference) {
+                    let file = directory.join("prefetch");
+                    write(&file, &list.join("\n"))?;
+                    command.arg("--prefetch-files").arg(file);
+                }
+                self.config(image.id, &place, held)
+            }
+            None => {
+                let socket = self.control_socket();
+                make_directory(socket.parent().unwrap_or(&self.root), 0o700)?;
+                command.arg("--apisock").arg(socket);
+                self.shared_config(held)
+            }
+        };
+        let file = directory.join("config.json");
+        write(&file, &config.to_string())?;
         command.arg("--config").arg(&file);
-        command.arg("--bootstrap").arg(&image.bootstrap);
-        command.arg("--mountpoint").arg(&image.mountpoint);
+        command.arg("--mountpoint").arg(&service.mountpoint);
         command.arg("--log-level").arg(&self.log_level);
         if self.threads > 0 {
             command.arg("--thread-num").arg(self.threads.to_string());
         }
-        // Not what this process may have been given for itself.
-        command.env_remove(AUTH_VARIABLE);
-        if let Some(word) = self.password(image, &place)? {
-            command.env(AUTH_VARIABLE, word);
-        }
         Ok(command)
     }
 
-    fn config(&self, image: &Image, place: &RegistryRef, held: bool) -> Value {
-        let mut config = Value::Object(self.template.clone());
-        if held && config["driver"].is_null() {
-            // Without a third holder the kernel would make zeros of what is missing when
-            // all of a daemon dies; nydusd's own default fails then.
-            config["driver"] = json!("auto");
+    /// What the daemon of all images is asked to serve one with, and the credentials in it.
+    pub(crate) fn request(&self, image: &Image) -> Result<(Value, Option<String>), Error> {
+        let (config, auth) = self.whole_config(image)?;
+        let request = json!({
+            "fs_type": "rafs",
+            "source": image.bootstrap,
+            "config": config.to_string(),
+            "prefetch_files": self.prefetch.take(&image.reference),
+        });
+        Ok((request, auth))
+    }
+
+    /// Where the data of an image come from, with credentials.
+    pub(crate) fn backend(&self, image: &Image) -> Result<Value, Error> {
+        let (mut config, _) = self.whole_config(image)?;
+        Ok(config["device"]["backend"].take())
+    }
+
+    /// What is to be fetched first of images that are mounted next.
+    pub(crate) fn prefetch(&self) -> &Lists {
+        &self.prefetch
+    }
+
+    /// The configuration for one image, with the credentials that were found, if any.
+    fn whole_config(&self, image: &Image) -> Result<(Value, Option<String>), Error> {
+        let place = place_of(image)?;
+        let auth = self.password(image, &place)?;
+        let mut config = self.config(image.id, &place, true);
+        let backend = &mut config["device"]["backend"];
+        if let (Some(auth), true) = (&auth, backend["type"] == json!("registry")) {
+            backend["config"]["auth"] = json!(auth);
         }
+        Ok((config, auth))
+    }
+
+    /// The credentials that somebody has given for this image, if any: not those that are
+    /// the same for everybody.
+    pub(crate) fn given(&self, image: &Image) -> Option<String> {
+        let place = place_of(image).ok()?;
+        let account = image.account.clone();
+        let account = account.or_else(|| self.keychain.account(&place))?;
+        Some(encode(&account.username, &account.password))
+    }
+
+    /// Without a third holder the kernel would make zeros of what is missing when all of a
+    /// daemon dies; nydusd's own default fails then.
+    fn driver(&self, held: bool) -> Value {
+        match self.template.get("driver") {
+            Some(driver) if !driver.is_null() => driver.clone(),
+            _ if held => json!("auto"),
+            _ => json!("fuse"),
+        }
+    }
+
+    /// Of the daemon of all images: each comes with a configuration of its own.
+    fn shared_config(&self, held: bool) -> Value {
+        json!({
+            "device": {
+                "id": label(SHARED),
+                "backend": {"type": "localfs", "config": {"dir": self.cache}},
+                "cache": {"type": "blobcache", "config": {"work_dir": self.cache}},
+            },
+            "mode": "direct",
+            "driver": self.driver(held),
+        })
+    }
+
+    fn config(&self, id: u64, place: &RegistryRef, held: bool) -> Value {
+        let mut config = Value::Object(self.template.clone());
+        config["driver"] = self.driver(held);
         let device = &mut config["device"];
-        device["id"] = json!(format!("/{}", image.id));
+        device["id"] = json!(format!("/{id}"));
         device["cache"]["type"] = json!("blobcache");
         device["cache"]["config"]["work_dir"] = json!(self.cache);
         if device["backend"]["type"] == json!("registry") {
@@ -188,30 +286,25 @@ impl Settings {
         config
     }
 
-    /// What the environment variable for credentials should hold.
+    /// Base64 of the name and the password, or token, to fetch an image with.
     fn password(&self, image: &Image, place: &RegistryRef) -> Result<Option<String>, Error> {
-        let encode = |user: &str, password: &str| {
-            base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"))
-        };
-        let account = image.account.clone();
-        if let Some(account) = account.or_else(|| self.keychain.account(place)) {
-            return Ok(Some(encode(&account.username, &account.password)));
+        if let Some(given) = self.given(image) {
+            return Ok(Some(given));
         }
-        let failed = |reason: String| Error::Mount {
+        let found = self.runtime.block_on(credentials::lookup(&place.host));
+        let found = found.map_err(|error| Error::Mount {
             image: image.reference.clone(),
-            reason,
-        };
-        match self.runtime.block_on(credentials::lookup(&place.host)) {
-            Ok(Credentials::Anonymous) => Ok(self.found().get(&image.id).cloned()),
-            Ok(Credentials::Basic { username, password }) => Ok(Some(encode(&username, &password))),
-            Ok(_) => Err(failed(format!(
-                "the credentials for {} are a token, which is not supported yet; use a user name \
-                 and a password",
-                place.host
-            ))),
-            Err(error) => Err(failed(error.to_string())),
-        }
+            reason: error.to_string(),
+        })?;
+        Ok(match found.pair() {
+            Some((username, password)) => Some(encode(username, password)),
+            None => self.found().get(&image.id).cloned(),
+        })
     }
+}
+
+fn encode(username: &str, password: &str) -> String {
+    base64::engine::general_purpose::STANDARD.encode(format!("{username}:{password}"))
 }
 
 fn place_of(image: &Image) -> Result<RegistryRef, Error> {
@@ -228,72 +321,6 @@ fn place_of(image: &Image) -> Result<RegistryRef, Error> {
     }
 }
 
-/// The template in `path`; a registry's if there is no such file.
-fn template(path: &Path) -> Result<Map<String, Value>, Error> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            tracing::info!("no {}: daemons get default settings", path.display());
-            DEFAULT_TEMPLATE.to_owned()
-        }
-        Err(error) => return Err(Error::io(path, "cannot read")(error)),
-    };
-    let invalid = |reason: &str| Error::Invalid(format!("{}: {reason}", path.display()));
-    // Not the parser's own words: they may quote a secret.
-    let Ok(Value::Object(mut template)) = serde_json::from_str(&text) else {
-        return Err(invalid("is no JSON object"));
-    };
-    let backend = template
-        .get_mut("device")
-        .and_then(|device| device.get_mut("backend"))
-        .and_then(Value::as_object_mut)
-        .ok_or_else(|| invalid("`device.backend` is missing"))?;
-    let kind = backend.get("type").cloned();
-    if !matches!(
-        kind.as_ref().and_then(Value::as_str),
-        Some("registry" | "localfs")
-    ) {
-        return Err(invalid(
-            "`device.backend.type` must be \"registry\" or \"localfs\"",
-        ));
-    }
-    let config = backend
-        .entry("config")
-        .or_insert_with(|| json!({}))
-        .as_object_mut()
-        .ok_or_else(|| invalid("`device.backend.config` is no object"))?;
-    for secret in ["auth", "registry_token"] {
-        if config
-            .remove(secret)
-            .is_some_and(|value| value.as_str() != Some(""))
-        {
-            tracing::warn!(
-                "{}: `device.backend.config.{secret}` is not used; credentials come from docker's configuration",
-                path.display()
-            );
-        }
-    }
-    let cache = &mut template["device"]["cache"];
-    if !cache.is_object() {
-        *cache = json!({});
-    }
-    if !cache["config"].is_object() {
-        cache["config"] = json!({});
-    }
-    Ok(template)
-}
-
-/// Used if there is no template.
-const DEFAULT_TEMPLATE: &str = r#"{
-    "device": {
-        "backend": {"type": "registry", "config": {"timeout": 5, "connect_timeout": 5, "retry_limit": 4}},
-        "cache": {"type": "blobcache", "config": {}}
-    },
-    "mode": "direct",
-    "digest_validate": false,
-    "enable_xattr": true
-}"#;
-
 /// Replaces a file as a whole; only root can read it.
 fn write(path: &Path, text: &str) -> Result<(), Error> {
     let partial = path.with_extension("new");
@@ -307,36 +334,4 @@ fn write(path: &Path, text: &str) -> Result<(), Error> {
     file.write_all(text.as_bytes())
         .map_err(Error::io(&partial, "cannot write"))?;
     fs::rename(&partial, path).map_err(Error::io(path, "cannot replace"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn templates_are_checked_and_lose_their_secrets() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("template.json");
-        assert!(template(&path).is_ok());
-        let table = [
-            ("nonsense", "no JSON"),
-            ("{}", "device.backend"),
-            (
-                r#"{"device":{"backend":{"type":"oss","config":{}}}}"#,
-                "type",
-            ),
-        ];
-        for (text, wanted) in table {
-            fs::write(&path, text).unwrap();
-            let error = template(&path).unwrap_err().to_string();
-            assert!(error.contains(wanted), "{text}: {error}");
-        }
-        fs::write(
-            &path,
-            r#"{"device":{"backend":{"type":"registry","config":{"auth":"c2VjcmV0"}}}}"#,
-        )
-        .unwrap();
-        let template = template(&path).unwrap();
-        assert!(!Value::Object(template).to_string().contains("c2VjcmV0"));
-    }
 }

@@ -21,9 +21,9 @@ use std::time::{Duration, Instant};
 
 use super::holder::Holder;
 use super::process::{self, Process};
-use super::{Daemons, STOP, Slot, lock};
+use super::service::{SHARED, Service};
+use super::{Daemons, Place, STOP, Slot, lock};
 use crate::error::{Error, chain};
-use crate::images::Image;
 use crate::manager;
 
 /// How long a program may take to say its version.
@@ -116,19 +116,35 @@ impl Daemons {
         Ok(())
     }
 
-    fn ids(&self) -> Vec<u64> {
-        lock(&self.images).keys().copied().collect()
+    /// Starts daemons with the program of an earlier upgrade, if that is still good. Call
+    /// before any is started.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn start_with(&self, path: &Path) -> Result<(), Error> {
+        let program = Program::check(path, "")?;
+        self.settings.set_program(&program.path);
+        Ok(())
     }
 
-    /// Has `what` done to an image, if it is still there, while nobody starts or stops its
-    /// daemon.
+    fn ids(&self) -> Vec<u64> {
+        let places = lock(&self.places);
+        let own = places
+            .iter()
+            .filter(|(_, place)| matches!(place, Place::Own(_)));
+        own.map(|(id, _)| *id).chain([SHARED]).collect()
+    }
+
+    /// Has `what` done to a daemon, if it is still there, while nobody starts or stops it.
     fn visit(
         &self,
         id: u64,
         what: impl FnOnce(&mut Slot) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let slot = lock(&self.images).get(&id).cloned();
-        slot.map_or(Ok(()), |slot| what(&mut lock(&slot)))
+        let slot = self.slot(id);
+        let mut slot = lock(&slot);
+        slot.wanted = slot.wanted.take().map(|service| self.current(service));
+        what(&mut slot)
     }
 
     /// Replaces one daemon, unless it runs this program. One that has just died is left to
@@ -138,7 +154,7 @@ impl Daemons {
             return Ok(());
         };
         let Replaceable {
-            image,
+            service,
             process: old,
             holder,
         } = replaceable;
@@ -147,45 +163,42 @@ impl Daemons {
         }
         let (previous, _open) = program_of(&old).map_err(|error| {
             failed(
-                &image,
+                &service,
                 format!("the program that it runs is not known: {error}"),
             )
         })?;
-        let next = self.settings.command(&image, true, &program.path)?;
-        let back = self.settings.command(&image, true, &previous)?;
+        let next = self.settings.command(&service, true, &program.path)?;
+        let back = self.settings.command(&service, true, &previous)?;
         let began = Instant::now();
-        let outcome = self.pass_on(&image, &holder, &old, next);
+        let outcome = self.pass_on(&service, &holder, &old, next);
         let error = match outcome {
             Ok(process) => {
                 tracing::info!(
                     "image {}: process {} has made room for {} within {} ms",
-                    image.reference,
+                    service.name,
                     old.pid(),
                     process.pid(),
                     began.elapsed().as_millis()
                 );
-                self.settle(slot, &image, Some(process));
+                self.settle(slot, &service, Some(process));
                 return Ok(());
             }
             Err(error) => chain(&error),
         };
-        tracing::error!(
-            "image {}: {error}; back to the old program",
-            image.reference
-        );
-        let outcome = self.pass_on(&image, &holder, &old, back);
+        tracing::error!("image {}: {error}; back to the old program", service.name);
+        let outcome = self.pass_on(&service, &holder, &old, back);
         let reason = match &outcome {
             Ok(_) => error,
             Err(worse) => format!("{error}; nor does the old one go on: {}", chain(worse)),
         };
-        self.settle(slot, &image, outcome.ok());
-        Err(failed(&image, reason))
+        self.settle(slot, &service, outcome.ok());
+        Err(failed(&service, reason))
     }
 
     /// Ends what is left of a daemon, and has another one go on with its mount.
     fn pass_on(
         &self,
-        image: &Image,
+        service: &Service,
         holder: &Holder,
         old: &Process,
         next: Command,
@@ -193,58 +206,58 @@ impl Daemons {
         old.kill_group(STOP);
         let began = Instant::now();
         // Nobody else may read the requests of the mount.
-        while let Some(left) = process::find(&image.mountpoint) {
+        while let Some(left) = process::find(&service.mountpoint) {
             if began.elapsed() > STOP {
                 let reason = format!("process {} cannot be killed", left.pid());
-                return Err(failed(image, reason));
+                return Err(failed(service, reason));
             }
             left.kill_group(STOP);
         }
-        self.resume(image, holder, next, GO_ON)
+        self.resume(service, holder, next, GO_ON)
     }
 
     /// From here on `process` serves the image; somebody tries to make that true if there
     /// is none.
-    fn settle(self: &Arc<Self>, slot: &mut Slot, image: &Image, process: Option<Arc<Process>>) {
+    fn settle(self: &Arc<Self>, slot: &mut Slot, service: &Service, process: Option<Arc<Process>>) {
         slot.process.clone_from(&process);
         if process.is_some() || !std::mem::replace(&mut slot.retrying, true) {
-            self.watch(image.id, process);
+            self.watch(service.id, process);
         }
     }
 }
 
 /// A daemon that can be replaced: its mount would outlive it now.
 struct Replaceable {
-    image: Image,
+    service: Service,
     process: Arc<Process>,
     holder: Arc<Holder>,
 }
 
-/// The daemon of an image; none if none runs.
+/// A daemon; none if it does not run.
 fn prepared(slot: &Slot) -> Result<Option<Replaceable>, Error> {
-    let (Some(image), Some(process)) = (&slot.wanted, &slot.process) else {
+    let (Some(service), Some(process)) = (&slot.wanted, &slot.process) else {
         return Ok(None);
     };
     if !process.is_alive() {
         return Ok(None);
     }
     let Some(holder) = &slot.holder else {
-        return Err(failed(image, "nobody holds its descriptors".to_owned()));
+        return Err(failed(service, "nobody holds its descriptors".to_owned()));
     };
     if !holder.renew(process, LEAVE) {
         let reason = "it does not leave the descriptors of its mount".to_owned();
-        return Err(failed(image, reason));
+        return Err(failed(service, reason));
     }
     Ok(Some(Replaceable {
-        image: image.clone(),
+        service: service.clone(),
         process: Arc::clone(process),
         holder: Arc::clone(holder),
     }))
 }
 
-fn failed(image: &Image, reason: String) -> Error {
+fn failed(service: &Service, reason: String) -> Error {
     Error::Upgrade {
-        image: image.reference.clone(),
+        image: service.name.clone(),
         reason,
     }
 }
@@ -370,15 +383,14 @@ mod tests {
         command.arg("600");
         let process = Process::start(&command, &directory.path().join("log"), &[]);
         let process = Arc::new(process.unwrap());
-        let image = Image {
+        let service = Service {
             id: 1,
-            reference: "registry.example/app:1".to_owned(),
-            bootstrap: PathBuf::new(),
+            name: "registry.example/app:1".to_owned(),
             mountpoint: PathBuf::new(),
-            account: None,
+            image: None,
         };
         let slot = Slot {
-            wanted: Some(image),
+            wanted: Some(service),
             process: Some(Arc::clone(&process)),
             ..Slot::default()
         };

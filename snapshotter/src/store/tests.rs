@@ -122,3 +122,21 @@ fn something_else_is_not_a_store() {
     std::fs::write(&path, "not a database").unwrap();
     assert!(Store::open(&path).is_err());
 }
+
+#[test]
+fn a_replacement_is_kept_until_it_is_forgotten() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("db");
+    let replacement = Replacement {
+        program: "/opt/next".into(),
+        instead_of: "/usr/bin/nydusd".into(),
+    };
+    let store = Store::open(&path).unwrap();
+    assert_eq!(store.replacement().unwrap(), None);
+    store.set_replacement(Some(&replacement)).unwrap();
+    drop(store);
+    let store = Store::open(&path).unwrap();
+    assert_eq!(store.replacement().unwrap(), Some(replacement));
+    store.set_replacement(None).unwrap();
+    assert_eq!(store.replacement().unwrap(), None);
+}

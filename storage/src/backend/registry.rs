@@ -206,10 +206,7 @@ impl Backend for RegistryBackend {
     }
 
     fn renew_login(&self, user: &str, password: &str) -> Result<(), BackendError> {
-        self.set_credentials(Credentials::Basic {
-            username: user.to_owned(),
-            password: password.to_owned(),
-        })
+        self.set_credentials(Credentials::of_pair(user, password))
     }
 }
 

@@ -39,6 +39,38 @@ pub enum Credentials {
     Identity(String),
 }
 
+/// The name of an account whose password is an identity token, as docker's credential
+/// helpers have it.
+const IDENTITY: &str = "<token>";
+
+impl Credentials {
+    /// What a name and a password mean: a password without a name is a token for the
+    /// registry itself, and the name `<token>` goes with an identity token.
+    #[must_use]
+    pub fn of_pair(username: &str, password: &str) -> Self {
+        match (username, password) {
+            ("", "") => Self::Anonymous,
+            ("", token) => Self::Bearer(token.to_owned()),
+            (IDENTITY, token) => Self::Identity(token.to_owned()),
+            (username, password) => Self::Basic {
+                username: username.to_owned(),
+                password: password.to_owned(),
+            },
+        }
+    }
+
+    /// The inverse of [`Credentials::of_pair`]; none for nobody.
+    #[must_use]
+    pub fn pair(&self) -> Option<(&str, &str)> {
+        match self {
+            Self::Anonymous => None,
+            Self::Basic { username, password } => Some((username, password)),
+            Self::Bearer(token) => Some(("", token)),
+            Self::Identity(token) => Some((IDENTITY, token)),
+        }
+    }
+}
+
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -177,6 +209,24 @@ mod tests {
             !shown.contains("s3cret") && shown.contains("docker-credential-x"),
             "{shown}"
         );
+    }
+
+    #[test]
+    fn a_pair_says_what_it_is() {
+        let basic = Credentials::Basic {
+            username: "u".into(),
+            password: "p".into(),
+        };
+        for credentials in [
+            basic,
+            Credentials::Bearer("b".into()),
+            Credentials::Identity("i".into()),
+        ] {
+            let (username, password) = credentials.pair().unwrap();
+            assert_eq!(Credentials::of_pair(username, password), credentials);
+        }
+        assert_eq!(Credentials::of_pair("", ""), Credentials::Anonymous);
+        assert!(Credentials::Anonymous.pair().is_none());
     }
 
     #[test]
