@@ -9,6 +9,8 @@
 //! * [`output`]: files that appear complete or not at all, and FIFOs;
 //! * [`report`]: the JSON report of a command.
 //!
+//! [`preheat`] puts what was pushed where nodes will look for it.
+//!
 //! The commands that read images, [`inspect`], [`stat`], [`unpack`] and [`export`],
 //! share
 //!
@@ -35,6 +37,7 @@ pub mod ordered;
 pub mod output;
 pub mod pipeline;
 pub mod prefetch;
+pub mod preheat;
 pub mod report;
 pub mod reuse;
 pub mod source;

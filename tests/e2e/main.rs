@@ -16,6 +16,7 @@
 //! - [`kills`]: any one process of a daemon can die at any moment
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
+//! - [`preheat`]: what is put into Dragonfly before anybody reads it
 //! - [`read_only`]: every way to read and to write
 //! - [`upgrade`]: mounts pass from one daemon to another
 //! - [`unpack`]: images as archives and as disks
@@ -45,6 +46,7 @@ mod kills;
 mod lifecycle;
 mod merge;
 mod prefetch;
+mod preheat;
 mod read_only;
 mod reuse;
 mod scene;
