@@ -14,6 +14,7 @@
 //! - [`mounts`]: the mounts that a container or an unpacker performs
 //! - [`images`]: which snapshots are lazily mounted images, and for whom
 //! - [`daemons`]: one `nydusd` per image: started, watched, found again
+//! - `mirrors`: the mirrors of registries that containerd uses, for daemons
 //! - [`keychain`]: the image service in front of containerd's, and what it remembers
 //! - [`manager`], `notify`: systemd, which holds what this program holds for daemons
 //! - [`reconcile`]: after a start, records, directories and mounts agree again
@@ -35,6 +36,7 @@ pub mod keychain;
 pub mod labels;
 pub mod lifecycle;
 pub mod manager;
+mod mirrors;
 pub mod mounts;
 mod notify;
 pub mod reconcile;

@@ -9,6 +9,7 @@
 //! - [`crash`]: the plugin killed at any moment, and its directory damaged
 //! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
 //! - [`images`]: other ways in which images are made, and many pods of one
+//! - [`mirrors`]: daemons read through the mirrors that containerd uses
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
 //! - [`system`]: what the plugin tells, and its daemons replaced while containers read
@@ -23,6 +24,7 @@ mod crash;
 mod deaths;
 mod images;
 mod layers;
+mod mirrors;
 mod node;
 mod pods;
 mod suite;

@@ -22,6 +22,7 @@ use crate::error::Error;
 use crate::images::Image;
 use crate::keychain::Keychain;
 use crate::lifecycle::make_directory;
+use crate::mirrors::Mirrors;
 use crate::mounts::Layout;
 
 /// Variable from which nydusd takes credentials: base64 of `user:password`.
@@ -37,6 +38,7 @@ pub struct Settings {
     log_level: String,
     threads: u32,
     template: Map<String, Value>,
+    mirrors: Mirrors,
     keychain: Arc<Keychain>,
     /// What daemons had that were found again, by image.
     found: Mutex<BTreeMap<u64, String>>,
@@ -72,6 +74,7 @@ impl Settings {
             log_level: config.log.level.clone(),
             threads: config.daemon.threads_number,
             template: template(&config.daemon.nydusd_config)?,
+            mirrors: Mirrors::open(&config.remote.mirrors_config.dir)?,
             keychain,
             found: Mutex::default(),
             runtime,
@@ -184,6 +187,7 @@ impl Settings {
             if place.is_loopback() {
                 backend["scheme"] = json!("http");
             }
+            self.mirrors.add_to(backend, place);
         }
         config
     }
