@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use clap::Args as ClapArgs;
@@ -24,6 +24,7 @@ use storage::{BlobInfo, Compressor, Digester};
 use crate::build::BuildOptions;
 use crate::cli::{UsageError, parse_size};
 use crate::create::is_chunk_size;
+use crate::interrupt::{self, FAREWELL};
 use crate::output::print;
 use crate::pipeline::Engine;
 use crate::prefetch::{Policy, Prefetch};
@@ -51,8 +52,6 @@ const LEVEL: i32 = 9;
 /// Layers that are converted at a time, unless told otherwise. More cores than that are
 /// used by the chunks of these layers.
 const DEFAULT_JOBS: usize = 4;
-/// How long threads may take to notice that the command was interrupted.
-const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Convert an OCI image into a Nydus image
 ///
@@ -213,7 +212,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let interrupted = interruption()?;
+    let interrupted = interrupt::first()?;
     let result = runtime.block_on(async {
         tokio::select! {
             result = convert_and_preheat(args, options, &source, &target) => result,
@@ -280,34 +279,6 @@ fn check_references(source: &ImageRef, target: &ImageRef) -> Result<(), UsageErr
         return Err(UsageError(problem.to_owned()));
     }
     Ok(())
-}
-
-/// Becomes ready at the first SIGINT or SIGTERM. The second one ends the process at once.
-fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    let mut signals = signal_hook::iterator::Signals::new([
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-    ])
-    .context("cannot watch for signals")?;
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            let mut sender = Some(sender);
-            for signal in signals.forever() {
-                match sender.take() {
-                    Some(sender) => drop(sender.send(())),
-                    None => drop(signal_hook::low_level::emulate_default_handler(signal)),
-                }
-            }
-        })
-        .context("cannot start a thread")?;
-    Ok(async move {
-        if receiver.await.is_err() {
-            // The thread is gone, which is no signal.
-            std::future::pending::<()>().await;
-        }
-    })
 }
 
 /// Converts; returns the line that sums it up, and the digest of what was pushed.

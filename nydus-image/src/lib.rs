@@ -30,6 +30,7 @@ pub mod create;
 pub mod data;
 pub mod export;
 pub mod inspect;
+mod interrupt;
 pub mod listing;
 pub mod logging;
 pub mod merge;

@@ -19,6 +19,7 @@ use storage::oci::registry::Registry;
 use storage::oci::{Access, ImageRef, Images, Platform};
 
 use crate::cli::UsageError;
+use crate::interrupt::{self, FAREWELL};
 use crate::output::{print, write_file};
 
 mod answer;
@@ -216,10 +217,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         plain_http: args.plain_http,
         credentials: None,
     };
-    let work = preheat(&image, &access, &args.platform, (&args.how, &wish));
-    let report = runtime
-        .block_on(work)
-        .with_context(|| format!("cannot preheat {image}"))?;
+    let interrupted = interrupt::first()?;
+    let result = runtime.block_on(async {
+        tokio::select! {
+            result = preheat(&image, &access, &args.platform, (&args.how, &wish)) => result,
+            _ = interrupted => bail!("interrupted"),
+        }
+    });
+    runtime.shutdown_timeout(FAREWELL);
+    let report = result.with_context(|| format!("cannot preheat {image}"))?;
     if let Some(path) = &args.output_json {
         write_file(path, &serde_json::to_vec_pretty(&report)?)?;
     }

@@ -5,29 +5,34 @@
 //! `tests/p2p`.
 
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use support::binaries::nydus_image;
 use support::command::{run, succeed};
 use support::image::layer::write_tree;
 use support::image::layout::{self, Image};
-use support::manager::{Manager, TOKEN};
+use support::process::Process;
 use support::proxy::{Fault, Head, Proxy};
 use support::registry::{Auth, Registry};
 use support::tokens::TokenServer;
 use support::tree::nasty::noise;
 
-use crate::scene::{Scene, assert_fails};
+use crate::scene::{Scene, assert_empty, assert_fails};
+use faults::typed;
+
+mod faults;
+mod manager;
 
 const PIECE: u64 = 4 << 20;
-/// Files of a mebibyte in the one layer.
-const FILES: usize = 40;
+/// Files of a mebibyte in the one layer, beside the program.
+const FILES: usize = 56;
 /// The one that is read first, in the middle.
 const HOT: &str = "/data/20";
 
-/// A registry with an image of 40 MiB, of which a little is hot.
+/// A registry with an image of 57 MiB, of which a little is hot.
 struct Stage {
     scene: Scene,
     registry: Registry,
@@ -42,6 +47,8 @@ impl Stage {
             let bytes = noise(1 << 20, number << 20);
             fs::write(tree.join(format!("data/{number:02}")), bytes).unwrap();
         }
+        fs::create_dir_all(tree.join("usr/bin")).unwrap();
+        fs::write(tree.join("usr/bin/sh"), noise(1 << 20, FILES << 20)).unwrap();
         let tar = scene.path("layer.tar");
         write_tree(&tree, &tar).unwrap();
         layout::write(&scene.path("layout"), "test", &[Image::new(&[&tar])]).unwrap();
@@ -58,10 +65,15 @@ impl Stage {
     }
 
     fn convert(&self, name: &str) -> Command {
+        self.convert_layout("layout", name)
+    }
+
+    fn convert_layout(&self, layout: &str, name: &str) -> Command {
         let mut command = self.command("convert");
-        command.arg("--prefetch-patterns");
+        // Noise is as long at any level.
+        command.args(["--compression-level", "1", "--prefetch-patterns"]);
         command.arg(self.scene.path("patterns"));
-        command.arg(format!("oci:{}:test", self.scene.path("layout").display()));
+        command.arg(format!("oci:{}:test", self.scene.path(layout).display()));
         command.arg(self.registry.reference(name));
         command
     }
@@ -155,7 +167,7 @@ fn the_hot_part_is_asked_for_as_nodes_ask() {
     let asked = ranges(&requests, &data);
     let bytes: u64 = asked.iter().map(|(start, end)| end - start).sum();
     assert!(
-        bytes >= 1 << 20 && bytes <= 4 * PIECE && size >= 10 * PIECE,
+        (2 << 20..=5 * PIECE).contains(&bytes) && size >= 14 * PIECE,
         "{asked:?} of {size}"
     );
     for (start, end) in &asked {
@@ -170,7 +182,8 @@ fn the_hot_part_is_asked_for_as_nodes_ask() {
     let of_data = blobs.iter().find(|blob| blob["digest"] == data.as_str());
     let of_data = of_data.unwrap();
     assert_eq!(of_data["whole"], false);
-    assert_eq!(of_data["chunks_verified"], 1);
+    // The file of the list, and the program that the image starts.
+    assert_eq!(of_data["chunks_verified"], 2);
     assert!(
         finished
             .stdout
@@ -186,7 +199,7 @@ fn a_list_of_files_and_whole_blobs() {
     let seed = stage.seed();
     let [(data, size), _] = stage.layers();
     let list = stage.scene.path("list");
-    fs::write(&list, "/data/00\n/data/39\n/not/there\n").unwrap();
+    fs::write(&list, "/data/00\n/data/55\n/not/there\n").unwrap();
     let finished = succeed(stage.preheat(&[&seed]).arg("--files").arg(&list)).unwrap();
     assert!(
         finished.stderr.contains("1 of the 3 files"),
@@ -214,6 +227,86 @@ fn a_list_of_files_and_whole_blobs() {
     assert_eq!(ranges(&seed.requests(), &data), asked);
 }
 
+/// The data are in the original layer, and the table of its chunks in a blob of its own.
+#[test]
+fn layers_that_stay_what_they_are() {
+    let stage = Stage::new(Auth::Open);
+    succeed(stage.convert("app:1").arg("--oci-ref")).unwrap();
+    let seed = stage.seed();
+    succeed(&mut stage.preheat(&[&seed])).unwrap();
+    let manifest = stage.registry.manifest_json("app:1").unwrap();
+    let index = &manifest["layers"][0];
+    let original = index["annotations"]["containerd.io/snapshot/nydus-ref"].as_str();
+    let requests = seed.requests();
+    let table = ranges(&requests, index["digest"].as_str().unwrap());
+    assert_eq!(table, [(0, index["size"].as_u64().unwrap())]);
+    let asked = ranges(&requests, original.unwrap());
+    let bytes: u64 = asked.iter().map(|(start, end)| end - start).sum();
+    assert!((2 << 20..=5 * PIECE).contains(&bytes), "{asked:?}");
+    let report = stage.report();
+    let blobs = report["blobs"].as_array().unwrap();
+    let data = blobs.iter().find(|blob| blob["whole"] == false).unwrap();
+    assert_eq!(data["chunks_verified"], 2, "{report}");
+}
+
+#[test]
+fn all_platforms_or_those_that_are_asked_for() {
+    let stage = Stage::new(Auth::Open);
+    let small = stage.scene.dir("small");
+    fs::write(small.join("file"), "in another layer\n").unwrap();
+    let (lower, upper) = (stage.scene.path("layer.tar"), stage.scene.path("small.tar"));
+    write_tree(&small, &upper).unwrap();
+    let mut arm = Image::new(&[&lower, &upper]);
+    arm.architecture = "arm".to_owned();
+    let images = [Image::new(&[&lower]), arm];
+    layout::write(&stage.scene.path("two"), "test", &images).unwrap();
+    succeed(&mut stage.convert_layout("two", "app:1")).unwrap();
+    let index = stage.registry.manifest_json("app:1").unwrap();
+    let bootstraps = [0, 1].map(|entry| {
+        let digest = index["manifests"][entry]["digest"].as_str().unwrap();
+        let manifest = stage.registry.manifest_json(&format!("app@{digest}"));
+        let layers = manifest.unwrap()["layers"].as_array().unwrap().clone();
+        layers.last().unwrap()["digest"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    });
+    for (platform, wanted) in [(None, [true, true]), (Some("linux/arm"), [false, true])] {
+        let seed = stage.seed();
+        let mut command = stage.preheat(&[&seed]);
+        command.args(platform.map(|platform| format!("--platform={platform}")));
+        succeed(&mut command).unwrap();
+        let requests = seed.requests();
+        let asked = bootstraps
+            .each_ref()
+            .map(|it| !ranges(&requests, it).is_empty());
+        assert_eq!(asked, wanted, "{platform:?}");
+    }
+    let mut command = stage.preheat(&[&stage.seed()]);
+    command.arg("--platform=linux/s390x");
+    assert_fails(
+        "another platform",
+        &mut command,
+        &["linux/s390x", "no Nydus image"],
+    );
+}
+
+#[test]
+fn an_interrupted_preheat_leaves_nothing() {
+    let stage = Stage::pushed(Auth::Open);
+    let seed = stage.seed();
+    seed.fail("/blobs/", Fault::Stall(Duration::from_secs(60)));
+    let temporary = stage.scene.dir("temporary");
+    let mut command = stage.preheat(&[&seed]);
+    command.env("TMPDIR", &temporary);
+    let mut process = Process::start(&mut command, &stage.scene.path("log")).unwrap();
+    process.wait_until(|_| !seed.requests().is_empty()).unwrap();
+    process.signal(Signal::SIGINT).unwrap();
+    assert_eq!(process.wait().unwrap().code(), Some(1), "{}", process.log());
+    assert!(process.log().contains("interrupted"), "{}", process.log());
+    assert_empty("temporary files", &temporary);
+}
+
 #[test]
 fn every_copy_has_a_seed_of_its_own() {
     let stage = Stage::pushed(Auth::Basic);
@@ -235,82 +328,6 @@ fn every_copy_has_a_seed_of_its_own() {
     for blob in report["blobs"].as_array().unwrap() {
         assert_eq!(blob["seeds"].as_array().unwrap().len(), 2, "{blob}");
     }
-}
-
-fn typed(status: u16, kind: &str) -> Fault {
-    Fault::Status(status, vec![("X-Dragonfly-Error-Type", kind.to_owned())])
-}
-
-#[test]
-fn what_passes_is_tried_again() {
-    let stage = Stage::pushed(Auth::Bearer(TokenServer::start().unwrap()));
-    for fault in [
-        typed(429, "proxy"),
-        typed(500, "dfdaemon"),
-        typed(503, "backend"),
-        typed(401, "backend"),
-        typed(200, "backend"),
-        Fault::Hangup,
-        Fault::CloseAfter(1000),
-    ] {
-        let seed = stage.seed();
-        seed.fail_times(1, "/blobs/", fault.clone());
-        let result = succeed(&mut stage.preheat(&[&seed]));
-        assert!(result.is_ok(), "{fault:?}: {result:?}");
-    }
-}
-
-#[test]
-fn failures_name_seed_blob_range_and_cause() {
-    let stage = Stage::pushed(Auth::Open);
-    let [(data, _), _] = stage.layers();
-    for (fault, words) in [
-        (typed(403, "proxy"), "block list"),
-        (typed(507, "dfdaemon"), "disk of the seed is full"),
-        (typed(404, "backend"), "no such blob"),
-        (typed(200, "backend"), "could not reach the registry"),
-        (Fault::Status(200, vec![]), "X-Dragonfly-Task-ID"),
-        (Fault::Garble, "wrong bytes"),
-        (Fault::Shorten(1000), "1000 bytes announced"),
-        (Fault::ResetAfter(1000), "(attempt 4)"),
-        (Fault::OtherRange(1), "other bytes than asked for"),
-        (Fault::IgnoreRange, "no Content-Range"),
-        (Fault::ShiftRange(1), "other bytes than asked for"),
-    ] {
-        let seed = stage.seed();
-        seed.fail(&data, fault.clone());
-        let place = format!("seed http://{}: blob {data}, bytes ", seed.host());
-        let failed = [
-            "cannot preheat",
-            "1 of 2 blobs are not there",
-            words,
-            &place,
-        ];
-        let case = format!("{fault:?}");
-        assert_fails(&case, &mut stage.preheat(&[&seed]), &failed);
-        // The rest was not given up.
-        let [_, (bootstrap, _)] = stage.layers();
-        assert!(!ranges(&seed.requests(), &bootstrap).is_empty());
-    }
-}
-
-#[test]
-fn what_keeps_nothing_is_no_seed() {
-    let stage = Stage::pushed(Auth::Open);
-    let plain = Proxy::start(stage.registry.host()).unwrap();
-    let words = ["no Dragonfly proxy"];
-    assert_fails("a plain proxy", &mut stage.preheat(&[&plain]), &words);
-    let mut command = stage.command("preheat");
-    command.arg(stage.registry.reference("app:1"));
-    command.args(["--seed", "http://127.0.0.1:1"]);
-    assert_fails("nobody", &mut command, &["127.0.0.1:1", "2 of 2 blobs"]);
-    let mut command = stage.command("preheat");
-    command.arg(stage.registry.reference("other:1"));
-    assert_fails(
-        "no image",
-        &mut with_seeds(command, &[&plain]),
-        &["other", "not found"],
-    );
 }
 
 #[test]
@@ -369,89 +386,4 @@ fn options_that_cannot_work_are_refused_at_once() {
     }
     assert!(seed.requests().is_empty());
     assert!(stage.registry.manifest("a").is_err());
-}
-
-/// A preheat through a manager, with its token in a file.
-fn through(stage: &Stage, manager: &Manager, token: &str) -> Command {
-    let file: PathBuf = stage.scene.path("token");
-    fs::write(&file, format!("{token}\n")).unwrap();
-    let mut command = stage.command("preheat");
-    command.arg(stage.registry.reference("app:1"));
-    command.args(["--manager", &manager.url(), "--manager-token-file"]);
-    command.arg(file);
-    command
-}
-
-#[test]
-fn a_manager_gets_a_job_and_is_asked_until_it_is_over() {
-    let stage = Stage::pushed(Auth::Basic);
-    let states = ["PENDING", "STARTED", "SUCCESS"].map(|state| json!({"state": state}));
-    let manager = Manager::start(&states).unwrap();
-    let mut command = through(&stage, &manager, TOKEN);
-    let finished = succeed(command.args(["--replicas", "2"])).unwrap();
-    for words in ["STARTED", "enableTaskIDBasedBlobDigest"] {
-        assert!(finished.stderr.contains(words), "{}", finished.stderr);
-    }
-    assert!(
-        finished.stdout.contains("job 7: 2 blobs"),
-        "{}",
-        finished.stdout
-    );
-    let [job] = manager.jobs().try_into().unwrap();
-    assert_eq!(job["type"], "preheat");
-    let args = &job["args"];
-    assert_eq!(args["type"], "file");
-    assert_eq!(
-        (&args["scope"], &args["count"]),
-        (&json!("all_seed_peers"), &json!(2))
-    );
-    let host = stage.registry.host();
-    for (digest, _) in stage.layers() {
-        let url = json!(format!("http://{host}/v2/app/blobs/{digest}"));
-        assert!(args["urls"].as_array().unwrap().contains(&url), "{args}");
-    }
-    let login = args["headers"]["Authorization"].as_str().unwrap();
-    assert!(login.starts_with("Basic "), "{args}");
-    for secret in [login, TOKEN] {
-        assert!(!finished.stderr.contains(secret) && !finished.stdout.contains(secret));
-    }
-}
-
-#[test]
-fn a_manager_is_not_taken_at_its_word() {
-    let stage = Stage::pushed(Auth::Open);
-    let failed = json!({"state": "SUCCESS", "result": {"job_states": [{"results": [
-        {"success_tasks": [], "failure_tasks": [{"description": "no seed peer"}]}]}]}});
-    let partial = json!({"state": "SUCCESS", "result": {"job_states": [{"results": [
-        {"success_tasks": [{"url": "one"}], "failure_tasks": []}]}]}});
-    for (story, words) in [
-        (failed, "no seed peer"),
-        (partial, "reports 1 of 2 blobs"),
-        (
-            json!({"state": "FAILURE", "result": {"error": "the scheduler is gone"}}),
-            "scheduler is gone",
-        ),
-    ] {
-        let manager = Manager::start(&[story]).unwrap();
-        assert_fails(
-            words,
-            &mut through(&stage, &manager, TOKEN),
-            &[words, "job 7"],
-        );
-    }
-    let manager = Manager::start(&[json!({"state": "STARTED"})]).unwrap();
-    let mut command = through(&stage, &manager, TOKEN);
-    command.args(["--manager-timeout", "2"]);
-    assert_fails("never over", &mut command, &["not over after 2 s"]);
-    let finished = assert_fails(
-        "a wrong token",
-        &mut through(&stage, &manager, "wr0ng-t0ken"),
-        &["401", "personal access token"],
-    );
-    assert!(!finished.stderr.contains("wr0ng-t0ken"));
-    let mut command = stage.command("preheat");
-    command.env_remove("DRAGONFLY_MANAGER_TOKEN");
-    command.arg(stage.registry.reference("app:1"));
-    command.args(["--manager", &manager.url()]);
-    assert_fails("no token", &mut command, &["DRAGONFLY_MANAGER_TOKEN"]);
 }

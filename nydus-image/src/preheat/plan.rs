@@ -157,32 +157,29 @@ impl Plan {
             .parse()
             .context("its id is no SHA-256, so it is in no registry")?;
         let size = self.listed(&digest).unwrap_or(info.compressed_size);
-        let spans = match self.whole {
-            true => Vec::new(),
-            false => match self.spans(index) {
-                Ok(spans) => spans,
-                Err(error) => {
-                    tracing::warn!(
-                        "blob {}: where its chunks are is not known ({error}); all of it is warmed",
-                        info.id
-                    );
-                    return Ok(Some(Target::whole(digest, size)));
-                }
-            },
-        };
         if self.whole {
             return Ok(Some(Target::whole(digest, size)));
         }
+        let spans = match self.spans(index) {
+            Ok(spans) => spans,
+            Err(error) => {
+                tracing::warn!(
+                    "blob {}: where its chunks are is not known ({error}); all of it is warmed",
+                    info.id
+                );
+                return Ok(Some(Target::whole(digest, size)));
+            }
+        };
         let mut wanted: Vec<_> = spans.iter().map(|(stored, _)| stored.clone()).collect();
         if !info.features.contains(BlobFeatures::SEPARATE) && info.meta.compressed_size > 0 {
             wanted.push(stored_range(info)?);
         }
-        if let Some(last) = wanted.iter().map(|range| range.end).max() {
-            ensure!(
-                last <= size,
-                "it has {size} bytes, and the image uses {last}"
-            );
-        }
+        let last = wanted.iter().map(|range| range.end).max();
+        let last = last.unwrap_or_default();
+        ensure!(
+            last <= size,
+            "it has {size} bytes, and the image uses {last}"
+        );
         let ranges = rounded(&wanted, size);
         if ranges.is_empty() {
             return Ok(None);

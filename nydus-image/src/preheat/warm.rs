@@ -53,61 +53,45 @@ async fn one(
     progress: &Progress,
 ) -> Result<Warmed, Failed> {
     let began = Instant::now();
-    let mut check = Check::new(target);
-    let mut requests = 0;
-    let mut failed = Failed {
+    let failed = |range, fault| Failed {
         seed: seed.clone(),
         digest: target.digest.clone(),
-        range: 0..target.size,
+        range,
         attempts: 1,
-        fault: Fault::Damaged(String::new()),
+        fault,
     };
+    let mut check = Check::new(target);
+    let mut requests = 0;
     let runs = target.ranges.iter().cloned();
     for window in runs.flat_map(|run| windows(run, target.size)) {
-        let bytes = client
-            .fetch(seed, (&target.digest, target.size), &window)
-            .await?;
+        let blob = (&target.digest, target.size);
+        let bytes = client.fetch(seed, blob, &window).await?;
         requests += 1;
         progress.add(window.end - window.start);
-        let start = window.start;
-        let taken = tokio::task::spawn_blocking(move || {
-            let taken = check.take(start, bytes);
-            (check, taken)
-        });
-        let result = match taken.await {
-            Ok((returned, result)) => {
-                check = returned;
-                result
-            }
-            Err(_panicked) => {
-                failed.fault = Fault::Transport("the check of its bytes crashed".to_owned());
-                failed.range = window;
-                return Err(failed);
-            }
-        };
-        if let Err(problem) = result {
-            failed.fault = Fault::Damaged(problem);
-            failed.range = window;
-            return Err(failed);
-        }
+        check = take(check, window.start, bytes)
+            .await
+            .map_err(|fault| failed(window, fault))?;
     }
-    match check.finish() {
-        Ok(chunks) => {
-            let warmed = Warmed {
-                seed: seed.clone(),
-                digest: target.digest.clone(),
-                requests,
-                bytes: target.bytes(),
-                chunks,
-                began,
-                ended: Instant::now(),
-            };
-            progress.done(target, seed);
-            Ok(warmed)
-        }
-        Err(problem) => {
-            failed.fault = Fault::Damaged(problem);
-            Err(failed)
-        }
+    let chunks = check
+        .finish()
+        .map_err(|problem| failed(0..target.size, Fault::Damaged(problem)))?;
+    progress.done(target, seed);
+    Ok(Warmed {
+        seed: seed.clone(),
+        digest: target.digest.clone(),
+        requests,
+        bytes: target.bytes(),
+        chunks,
+        began,
+        ended: Instant::now(),
+    })
+}
+
+/// Decoding and hashing take time, so they get a thread.
+async fn take(mut check: Check, start: u64, bytes: Vec<u8>) -> Result<Check, Fault> {
+    let work = tokio::task::spawn_blocking(move || check.take(start, bytes).map(|()| check));
+    match work.await {
+        Ok(result) => result.map_err(Fault::Damaged),
+        Err(_panicked) => Err(Fault::Transport("checking it crashed".to_owned())),
     }
 }
