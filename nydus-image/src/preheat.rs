@@ -127,8 +127,11 @@ pub struct Options {
     )]
     seed_timeout: u64,
 
-    /// Have the manager at this URL do it, like http://manager:8080, which knows whole
-    /// blobs only
+    /// Have the manager at this URL do it, like http://manager:8080
+    ///
+    /// It knows whole blobs only, and what it says about them is all that is known. Nodes
+    /// find them only if all daemons have
+    /// `proxy.registryMirror.enableTaskIDBasedBlobDigest: false`. Better use --seed.
     #[arg(
         long,
         value_name = "url",
