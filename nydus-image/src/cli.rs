@@ -9,7 +9,9 @@ use anyhow::bail;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Parser, Subcommand};
 
-use crate::{check, convert, create, export, inspect, logging, merge, stat, unpack, version};
+use crate::{
+    check, convert, create, export, inspect, logging, merge, preheat, stat, unpack, version,
+};
 
 /// Build, merge, check and look into lazily loaded container images (RAFS v6).
 #[derive(Debug, Parser)]
@@ -52,7 +54,8 @@ enum Command {
     Create(Box<create::Args>),
     Merge(merge::Args),
     Check(check::Args),
-    Convert(convert::Args),
+    Convert(Box<convert::Args>),
+    Preheat(preheat::Args),
     Inspect(inspect::Args),
     Stat(stat::Args),
     Unpack(unpack::Args),
@@ -87,6 +90,7 @@ impl Cli {
             Some(Command::Merge(args)) => merge::run(&args),
             Some(Command::Check(args)) => check::run(&args),
             Some(Command::Convert(args)) => convert::run(&args),
+            Some(Command::Preheat(args)) => preheat::run(&args),
             Some(Command::Inspect(args)) => inspect::run(&args),
             Some(Command::Stat(args)) => stat::run(&args),
             Some(Command::Unpack(args)) => unpack::run(&args),

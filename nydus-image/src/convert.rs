@@ -13,19 +13,22 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use clap::Args as ClapArgs;
 use indicatif::HumanBytes;
-use storage::oci::{Access, ImageRef, Images, Platform};
+use storage::oci::{Access, ContentDigest, ImageRef, Images, Platform};
 use storage::{BlobInfo, Compressor, Digester};
 
 use crate::build::BuildOptions;
 use crate::cli::{UsageError, parse_size};
 use crate::create::is_chunk_size;
+use crate::interrupt::{self, FAREWELL};
+use crate::output::print;
 use crate::pipeline::Engine;
 use crate::prefetch::{Policy, Prefetch};
+use crate::preheat;
 use crate::reuse::{Known, Reused};
 
 mod bootstrap;
@@ -35,20 +38,20 @@ mod layer;
 mod manifest;
 mod plan;
 mod progress;
+mod totals;
 
-use job::{Job, Layers};
+use job::Job;
 use plan::Plan;
 use progress::Progress;
+use totals::Totals;
 
-/// Layers that are converted at a time, unless told otherwise. More cores than that are
-/// used by the chunks of these layers.
 /// zstd level of converted images, which are sent over the network more often than made.
 /// Against level 1 this takes twice the time for 15 % fewer bytes; three levels more take
 /// twice the time again, for less than 1 %.
 const LEVEL: i32 = 9;
+/// Layers that are converted at a time, unless told otherwise. More cores than that are
+/// used by the chunks of these layers.
 const DEFAULT_JOBS: usize = 4;
-/// How long threads may take to notice that the command was interrupted.
-const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Convert an OCI image into a Nydus image
 ///
@@ -60,9 +63,10 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// Nothing is unpacked: layers stream from the source through the builder. Blobs that
 /// the target has already are not sent again.
 ///
-/// Example:
+/// Examples:
 ///
 ///   nydus-image convert docker.io/library/nginx:1.27 localhost:5000/nginx:1.27-nydus
+///   nydus-image convert --preheat --seed http://seed:4001 app:1 reg.example/app:1-nydus
 #[derive(Debug, ClapArgs)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -161,6 +165,14 @@ pub struct Args {
     #[arg(long, value_name = "chunk-dict", help_heading = "Format")]
     chunk_dict: Option<String>,
 
+    /// Once the image is pushed, put what a start reads into Dragonfly's seed peers, as
+    /// `nydus-image preheat` does; needs --seed or --manager
+    #[arg(long, help_heading = "Preheat")]
+    preheat: bool,
+
+    #[command(flatten)]
+    how: preheat::Options,
+
     /// Layers to convert at a time
     #[arg(
         long,
@@ -188,11 +200,11 @@ fn parse_jobs(text: &str) -> Result<usize, String> {
 ///
 /// # Errors
 /// [`UsageError`]; anything else names the image, layer or file, and has left no output.
-#[allow(clippy::print_stdout, reason = "the result of this command")]
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let source = parse_reference(&args.source)?;
     let target = parse_reference(&args.target)?;
     check_references(&source, &target)?;
+    check_preheat(args, &target)?;
     let options = options(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Mostly waiting; the work is done by threads of their own.
@@ -200,16 +212,53 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let interrupted = interruption()?;
-    let summary = runtime.block_on(async {
+    let interrupted = interrupt::first()?;
+    let result = runtime.block_on(async {
         tokio::select! {
-            result = convert(args, options, &source, &target) => result,
+            result = convert_and_preheat(args, options, &source, &target) => result,
             // Dropping the conversion stops its transfers and removes its output.
             _ = interrupted => bail!("interrupted"),
         }
     });
     runtime.shutdown_timeout(FAREWELL);
-    println!("{}", summary?);
+    result
+}
+
+/// Converts, says so, and preheats if that is wanted.
+async fn convert_and_preheat(
+    args: &Args,
+    options: BuildOptions,
+    source: &ImageRef,
+    target: &ImageRef,
+) -> anyhow::Result<()> {
+    let (summary, digest) = convert(args, options, source, target).await?;
+    print(&format!("{summary}\n"))?;
+    let (true, ImageRef::Registry(name)) = (args.preheat, target) else {
+        return Ok(());
+    };
+    // What was pushed, whoever moves the tag meanwhile.
+    let mut pushed = name.clone();
+    pushed.digest = Some(digest);
+    let access = Access {
+        plain_http: args.plain_http,
+        credentials: None,
+    };
+    let done = preheat::after_push(&ImageRef::Registry(pushed), &access, &args.how).await;
+    let lines = done.with_context(|| {
+        format!("{target} is pushed and complete, but it could not be preheated; nydus-image preheat tries again")
+    })?;
+    print(&format!("{lines}\n"))
+}
+
+/// Better now than after the conversion.
+fn check_preheat(args: &Args, target: &ImageRef) -> anyhow::Result<()> {
+    if args.preheat {
+        return args.how.check(target);
+    }
+    if args.how.are_given() {
+        let problem = "--seed and --manager need --preheat";
+        return Err(UsageError(problem.to_owned()).into());
+    }
     Ok(())
 }
 
@@ -232,41 +281,13 @@ fn check_references(source: &ImageRef, target: &ImageRef) -> Result<(), UsageErr
     Ok(())
 }
 
-/// Becomes ready at the first SIGINT or SIGTERM. The second one ends the process at once.
-fn interruption() -> anyhow::Result<impl Future<Output = ()>> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    let mut signals = signal_hook::iterator::Signals::new([
-        signal_hook::consts::SIGINT,
-        signal_hook::consts::SIGTERM,
-    ])
-    .context("cannot watch for signals")?;
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            let mut sender = Some(sender);
-            for signal in signals.forever() {
-                match sender.take() {
-                    Some(sender) => drop(sender.send(())),
-                    None => drop(signal_hook::low_level::emulate_default_handler(signal)),
-                }
-            }
-        })
-        .context("cannot start a thread")?;
-    Ok(async move {
-        if receiver.await.is_err() {
-            // The thread is gone, which is no signal.
-            std::future::pending::<()>().await;
-        }
-    })
-}
-
-/// Converts, and returns the line that sums it up.
+/// Converts; returns the line that sums it up, and the digest of what was pushed.
 async fn convert(
     args: &Args,
     mut options: BuildOptions,
     source: &ImageRef,
     target: &ImageRef,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<(String, ContentDigest)> {
     let start = Instant::now();
     let work_dir = args.work_dir.clone().unwrap_or_else(std::env::temp_dir);
     // Better now than after the first download.
@@ -295,7 +316,7 @@ async fn convert(
     job.progress.clear();
     let published = job.publish(&plan, &converted, kept_name(source)).await?;
     let totals = Totals::of(&plan, &converted);
-    Ok(format!(
+    let summary = format!(
         "{target}: {}, {}, {} -> {} ({} sent), {:.1} s, {}",
         count(plan.images.len(), "image"),
         count(totals.layers, "layer"),
@@ -304,7 +325,8 @@ async fn convert(
         HumanBytes(totals.sent),
         start.elapsed().as_secs_f64(),
         published.digest
-    ))
+    );
+    Ok((summary, published.digest))
 }
 
 fn options(args: &Args) -> anyhow::Result<BuildOptions> {
@@ -383,31 +405,4 @@ fn kept_name(source: &ImageRef) -> Option<String> {
 fn count(number: usize, noun: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {noun}{plural}")
-}
-
-/// Sums for the last line.
-struct Totals {
-    layers: usize,
-    source: u64,
-    blobs: u64,
-    sent: u64,
-}
-
-impl Totals {
-    fn of(plan: &Plan, converted: &Layers) -> Self {
-        let mut totals = Self {
-            layers: converted.len(),
-            source: 0,
-            blobs: 0,
-            sent: 0,
-        };
-        for layer in plan.layers().unwrap_or_default() {
-            totals.source = totals.source.saturating_add(layer.descriptor.size);
-        }
-        for done in converted.values() {
-            totals.blobs += done.layer.size;
-            totals.sent += if done.sent { done.layer.size } else { 0 };
-        }
-        totals
-    }
 }

@@ -102,6 +102,41 @@ impl ImageData {
         }
     }
 
+    /// The same with chunk tables that are known already, by blob.
+    #[must_use]
+    pub fn with_tables(
+        image: Arc<Image>,
+        backend: Arc<dyn Backend>,
+        tables: &[Option<ChunkTable>],
+    ) -> Self {
+        let data = Self::new(image, backend);
+        for (place, table) in data.tables.iter().zip(tables) {
+            if let Some(table) = table {
+                // New, so it is empty.
+                let _ = place.set(Ok(table.clone()));
+            }
+        }
+        data
+    }
+
+    /// All of a chunk, and the bytes of its blob that must be there to decode it.
+    ///
+    /// # Errors
+    /// [`ReadError`] for a chunk that the image has not, and a damaged chunk table.
+    pub fn whole(
+        &self,
+        blob: BlobIndex,
+        chunk: ChunkIndex,
+    ) -> Result<(Range<u64>, Span), ReadError> {
+        let size = self.record(blob, chunk)?.uncompressed_size;
+        let span = Span {
+            blob,
+            chunk,
+            within: 0..size.into(),
+        };
+        Ok((self.locate(&span)?.unit.stored, span))
+    }
+
     /// A reader for one thread.
     #[must_use]
     pub fn reader(&self) -> Reader<'_> {

@@ -9,6 +9,8 @@
 //! * [`output`]: files that appear complete or not at all, and FIFOs;
 //! * [`report`]: the JSON report of a command.
 //!
+//! [`preheat`] puts what was pushed where nodes will look for it.
+//!
 //! The commands that read images, [`inspect`], [`stat`], [`unpack`] and [`export`],
 //! share
 //!
@@ -28,6 +30,7 @@ pub mod create;
 pub mod data;
 pub mod export;
 pub mod inspect;
+mod interrupt;
 pub mod listing;
 pub mod logging;
 pub mod merge;
@@ -35,6 +38,7 @@ pub mod ordered;
 pub mod output;
 pub mod pipeline;
 pub mod prefetch;
+pub mod preheat;
 pub mod report;
 pub mod reuse;
 pub mod source;

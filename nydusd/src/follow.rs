@@ -19,6 +19,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock, Weak};
 
 use rafs::image::Image;
+use rafs::paths::{self, USUAL};
 use rafs::units::{FileKind, Nid};
 use storage::backend::Priority;
 use storage::blob::{Blob, ChunkSpan};
@@ -27,7 +28,6 @@ use storage::{BlobIndex, ChunkIndex};
 
 use crate::elf::{ReadAt, needs};
 use crate::names::{self, Module, Names};
-use crate::prefetch;
 
 /// What may wait for each thread.
 const QUEUE: usize = 256;
@@ -40,19 +40,6 @@ const MAX_LINKS: u32 = 8;
 
 /// Programs that are known, and libraries: bounds what an image can make us remember.
 const MAX_KNOWN: usize = 1 << 15;
-
-/// What the C library reads for almost every program, one file after the other: where
-/// libraries are, whom it runs as, its character set, and the time zone.
-const USUAL: [&str; 8] = [
-    "/etc/ld.so.cache",
-    "/usr/lib/locale/C.utf8/LC_CTYPE",
-    "/usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
-    "/usr/lib/aarch64-linux-gnu/gconv/gconv-modules.cache",
-    "/usr/lib64/gconv/gconv-modules.cache",
-    "/etc/nsswitch.conf",
-    "/etc/passwd",
-    "/etc/localtime",
-];
 
 /// A chunk of an image.
 type Place = (BlobIndex, ChunkIndex);
@@ -229,7 +216,7 @@ impl Parts {
     }
 
     fn fetch_path(&self, path: &Path) {
-        if let Some(nid) = prefetch::find(&self.image, path) {
+        if let Some(nid) = paths::find(&self.image, path) {
             self.fetch(nid);
         }
     }

@@ -5,7 +5,6 @@
 
 use std::collections::HashSet;
 use std::ops::{ControlFlow, Range};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,9 +15,6 @@ use storage::blob::Blob;
 use storage::prefetch::{Prefetch, Settings};
 
 use crate::config;
-
-/// Symbolic links that are followed for one path.
-const MAX_LINKS: u32 = 40;
 
 /// What a mount wants to have prefetched.
 #[derive(Clone, Debug, Default)]
@@ -118,7 +114,7 @@ impl<'a> Plan<'a> {
     }
 
     fn add_path(&mut self, path: &Path) {
-        match find(self.image, path) {
+        match rafs::paths::find(self.image, path) {
             Some(nid) => self.add(nid),
             None => self.unknown += 1,
         }
@@ -184,44 +180,4 @@ fn children(image: &Image, dir: Nid) -> Vec<Nid> {
     }
     found.reverse();
     found
-}
-
-/// The inode that an absolute path of the image leads to, symbolic links followed.
-pub(crate) fn find(image: &Image, path: &Path) -> Option<Nid> {
-    let mut links = 0;
-    // Names still to be walked, next one last.
-    let mut names: Vec<Vec<u8>> = split(path.as_os_str().as_bytes());
-    let mut at = image.root();
-    while let Some(name) = names.pop() {
-        let parent = at;
-        at = match name.as_slice() {
-            b".." => image.parent(parent).ok()?,
-            name => image.lookup(parent, name).ok()??,
-        };
-        if image.inode(at).ok()?.kind() == FileKind::Symlink {
-            links += 1;
-            if links > MAX_LINKS {
-                return None;
-            }
-            let target = image.readlink(at).ok()?;
-            at = if target.starts_with(b"/") {
-                image.root()
-            } else {
-                parent
-            };
-            names.extend(split(&target));
-        }
-    }
-    Some(at)
-}
-
-/// The names of a path, last first.
-fn split(path: &[u8]) -> Vec<Vec<u8>> {
-    let names = path.split(|byte| *byte == b'/');
-    let mut names: Vec<_> = names
-        .filter(|name| !name.is_empty() && *name != b".")
-        .map(<[u8]>::to_vec)
-        .collect();
-    names.reverse();
-    names
 }

@@ -3,7 +3,7 @@
 //! Reading, in the order in which a request passes:
 //! * [`image`]: bytes → checked superblocks and tables, zero-copy over a memory map;
 //! * [`fs`]: lookup, readdir, attributes, symlinks; [`xattr`]: extended attributes;
-//! * [`extents`]: a range of a file → chunks of blobs;
+//! * [`extents`]: a range of a file → chunks of blobs; [`paths`]: a path → a file;
 //! * [`verify`]: the checks that cost time in proportion to the number of files;
 //! * [`dump`]: an image as text, for tests and debugging.
 //!
@@ -26,6 +26,7 @@ pub mod fs;
 pub mod image;
 pub mod merge;
 mod neighbourhoods;
+pub mod paths;
 pub mod tree;
 pub mod units;
 pub mod verify;

@@ -106,6 +106,16 @@ pub struct Snapshot {
 pub struct Remote {
     /// Section `remote.auth`.
     pub auth: Auth,
+    /// Section `remote.mirrors_config`.
+    pub mirrors_config: MirrorsConfig,
+}
+
+/// Mirrors of registries.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct MirrorsConfig {
+    /// Directory with a `hosts.toml` for each registry; empty for no mirrors.
+    pub dir: PathBuf,
 }
 
 /// Where accounts come from, beside labels and docker's configuration.
@@ -239,6 +249,10 @@ impl Config {
         if !self.remote.auth.image_service_address.is_absolute() {
             return wrong("remote.auth.image_service_address", "an absolute path");
         }
+        let mirrors = &self.remote.mirrors_config.dir;
+        if !mirrors.as_os_str().is_empty() && !mirrors.is_absolute() {
+            return wrong("remote.mirrors_config.dir", "an absolute path");
+        }
         match self.daemon_mode.as_str() {
             "shared" | "multiple" | "dedicated" | "" => {}
             "none" => return Err(missing("daemon_mode", "mounting without a daemon")),
@@ -291,7 +305,7 @@ fn missing(key: &str, feature: &str) -> Error {
 }
 
 /// Keys that mean something.
-const KNOWN: [&str; 19] = [
+const KNOWN: [&str; 20] = [
     "version",
     "root",
     "address",
@@ -309,6 +323,7 @@ const KNOWN: [&str; 19] = [
     "snapshot.enable_overlayfs_volatile",
     "cache_manager.disable",
     "cache_manager.cache_dir",
+    "remote.mirrors_config.dir",
     "remote.auth.enable_cri_keychain",
     "remote.auth.image_service_address",
 ];
@@ -340,11 +355,10 @@ const WITHOUT_EFFECT: [&str; 21] = [
 ];
 
 /// Keys whose features do not exist: an error if they ask for them.
-const MISSING: [&str; 21] = [
+const MISSING: [&str; 20] = [
     "cgroup.enable",
     "remote.convert_vpc_registry",
     "remote.skip_ssl_verify",
-    "remote.mirrors_config.dir",
     "remote.auth.enable_kubeconfig_keychain",
     "remote.auth.kubeconfig_path",
     "remote.auth.enable_kubelet_credential_providers",
@@ -463,6 +477,10 @@ mod tests {
                 "experimental.enable_stargz",
             ),
             ("[image]\npublic_key_file = '/k'", "image.public_key_file"),
+            (
+                "[remote.mirrors_config]\ndir = 'certs.d'",
+                "remote.mirrors_config.dir",
+            ),
             ("not toml", "toml"),
         ] {
             let error = Config::parse(text).unwrap_err().to_string();

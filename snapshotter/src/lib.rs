@@ -16,6 +16,7 @@
 //! - [`daemons`]: `nydusd`, one for all images or one for each: started, watched, found again
 //! - [`prefetch`]: what is to be fetched first of an image when it is mounted
 //! - `replacement`: an upgrade of `nydusd` that lasts
+//! - `mirrors`: the mirrors of registries that containerd uses, for daemons
 //! - [`keychain`]: the image service in front of containerd's, and what it remembers
 //! - [`manager`], `notify`: systemd, which holds what this program holds for daemons
 //! - [`reconcile`]: after a start, records, directories and mounts agree again
@@ -37,6 +38,7 @@ pub mod keychain;
 pub mod labels;
 pub mod lifecycle;
 pub mod manager;
+mod mirrors;
 pub mod mounts;
 mod notify;
 pub mod prefetch;

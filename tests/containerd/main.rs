@@ -10,6 +10,7 @@
 //! - [`pods`]: lazily started pods, as kubelet starts them, on a [`node`]
 //! - [`shared`]: one daemon that serves all images, or one for each, and the change
 //! - [`images`]: other ways in which images are made, and many pods of one
+//! - [`mirrors`]: daemons read through the mirrors that containerd uses
 //! - [`chaos`]: everything on the node dies, one after the other
 //! - [`deaths`]: all processes of a daemon die at once, and containers read on
 //! - [`system`]: what the plugin tells, and its daemons replaced while containers read
@@ -27,6 +28,7 @@ mod deaths;
 mod demo;
 mod images;
 mod layers;
+mod mirrors;
 mod node;
 mod pods;
 mod shared;

@@ -88,6 +88,17 @@ impl Node {
         Self::assemble(directory, auth, &configuration, false)
     }
 
+    /// A node whose plugin looks for mirrors in the directory that is returned as well.
+    pub(crate) fn with_mirrors(auth: Auth) -> (Self, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let mirrors = directory.path().join("certs.d");
+        let configuration = format!("[remote.mirrors_config]\ndir = {mirrors:?}\n");
+        (
+            Self::assemble(directory, auth, &configuration, true),
+            mirrors,
+        )
+    }
+
     fn assemble(directory: TempDir, auth: Auth, configuration: &str, login: bool) -> Self {
         let registry = Registry::start(auth).unwrap();
         let tree = push_images(directory.path(), &registry);

@@ -17,6 +17,7 @@ fn every_command_explains_itself() {
         &["merge", "--help"],
         &["check", "--help"],
         &["convert", "--help"],
+        &["preheat", "--help"],
         &["inspect", "--help"],
         &["stat", "--help"],
         &["unpack", "--help"],

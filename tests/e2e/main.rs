@@ -17,6 +17,7 @@
 //! - [`groups`]: control groups of keeper and worker
 //! - [`lifecycle`]: daemons end cleanly, however they are told
 //! - [`prefetch`]: what is fetched before it is read
+//! - [`preheat`]: what is put into Dragonfly before anybody reads it
 //! - [`read_only`]: every way to read and to write
 //! - [`upgrade`]: mounts pass from one daemon to another
 //! - [`unpack`]: images as archives and as disks
@@ -47,6 +48,7 @@ mod kills;
 mod lifecycle;
 mod merge;
 mod prefetch;
+mod preheat;
 mod read_only;
 mod reuse;
 mod scene;

@@ -7,6 +7,7 @@
 //! - [`sharing`]: what the origin sends, and how long starts take, on one node and on many
 //! - [`faults`]: anything between a reader and its bytes fails, and comes back
 //! - [`mirrors`]: mirrors that are no Dragonfly
+//! - [`preheat`]: images are in the seed before nodes want them
 //! - [`content`]: the trees and the readers of these tests
 
 #![allow(
@@ -17,6 +18,7 @@
 mod content;
 mod faults;
 mod mirrors;
+mod preheat;
 mod sharing;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -10,6 +10,7 @@
 //! - [`registry`], [`tokens`]: Debian's `docker-registry`, open or with credentials
 //! - [`nginx`], [`object_store`]: a real web server, and a real S3-compatible one
 //! - [`proxy`], [`proxy::chaos`]: an HTTP proxy that misbehaves as told, or by chance
+//! - [`manager`]: a stand-in for Dragonfly's manager
 //! - [`blob`]: one blob, and what it must read as
 //! - [`netns`], [`dragonfly`]: machines on a network of their own, and a real Dragonfly there
 //! - [`relay`]: a slower, longer link in front of a server
@@ -34,6 +35,7 @@ pub mod dragonfly;
 pub mod expand;
 pub mod fixtures;
 pub mod image;
+pub mod manager;
 pub mod matrix;
 pub mod mount;
 pub mod netns;

@@ -84,6 +84,8 @@ pub struct Head {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Headers that answers get.
+    headers: Vec<(String, String)>,
     rules: Vec<Rule>,
     chaos: Option<Chaos>,
     seen: Vec<Head>,
@@ -164,6 +166,12 @@ impl Proxy {
         }
     }
 
+    /// Adds a header to every answer that comes from upstream.
+    pub fn add_header(&self, name: &str, value: &str) {
+        let header = (name.to_owned(), value.to_owned());
+        lock(&self.state).headers.push(header);
+    }
+
     /// Draws a failure for each request from now on.
     pub fn run(&self, chaos: Chaos) {
         lock(&self.state).chaos = Some(chaos);
@@ -201,6 +209,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 fn serve(mut client: TcpStream, upstream: &str, state: &Mutex<State>) -> Result<()> {
     let mut head = Head::read(&mut client)?;
     let fault = choose(state, &head);
+    let headers = lock(state).headers.clone();
     if let Some((path, end)) = head.target.split_once("?until=") {
         if end.parse::<u128>().is_ok_and(|end| end < since_start()) {
             return refuse(client, 403, &[]);
@@ -221,19 +230,19 @@ fn serve(mut client: TcpStream, upstream: &str, state: &Mutex<State>) -> Result<
         }
         Some(Fault::OtherRange(by)) => {
             head.shift("range", by)?;
-            relay(client, &head, upstream)
+            relay(client, &head, upstream, &headers)
         }
         Some(Fault::Hangup) => Ok(client.shutdown(Shutdown::Both)?),
         Some(Fault::Stall(time)) => {
             thread::sleep(time);
-            relay(client, &head, upstream)
+            relay(client, &head, upstream, &headers)
         }
         Some(Fault::IgnoreRange) => {
             head.remove("range");
-            relay(client, &head, upstream)
+            relay(client, &head, upstream, &headers)
         }
-        Some(fault) => spoil(client, &head, upstream, &fault),
-        None => relay(client, &head, upstream),
+        Some(fault) => spoil(client, &head, upstream, (&fault, &headers)),
+        None => relay(client, &head, upstream, &headers),
     }
 }
 
@@ -287,11 +296,21 @@ fn drain(client: &mut TcpStream) {
     while client.read(&mut buffer).is_ok_and(|count| count > 0) {}
 }
 
-/// Passes request and answer on unchanged.
-fn relay(mut client: TcpStream, head: &Head, upstream: &str) -> Result<()> {
+/// Passes request and answer on, with `headers` added to the latter.
+fn relay(
+    mut client: TcpStream,
+    head: &Head,
+    upstream: &str,
+    headers: &[(String, String)],
+) -> Result<()> {
     let mut server = ask(head, upstream)?;
     let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
     let body = thread::spawn(move || drop(io::copy(&mut from, &mut to)));
+    if !headers.is_empty() {
+        let mut answer = Head::read(&mut server)?;
+        answer.headers.extend_from_slice(headers);
+        client.write_all(answer.to_text().as_bytes())?;
+    }
     let copied = io::copy(&mut server, &mut client);
     client.shutdown(Shutdown::Both)?;
     // It ends now that there is nothing more to read from the client.
@@ -300,9 +319,15 @@ fn relay(mut client: TcpStream, head: &Head, upstream: &str) -> Result<()> {
 }
 
 /// Passes the answer on with a damaged body.
-fn spoil(mut client: TcpStream, head: &Head, upstream: &str, fault: &Fault) -> Result<()> {
+fn spoil(
+    mut client: TcpStream,
+    head: &Head,
+    upstream: &str,
+    (fault, headers): (&Fault, &[(String, String)]),
+) -> Result<()> {
     let mut server = ask(head, upstream)?;
     let mut answer = Head::read(&mut server)?;
+    answer.headers.extend_from_slice(headers);
     let mut body = Vec::new();
     server.read_to_end(&mut body)?;
     match fault {

@@ -70,12 +70,25 @@ impl Registry {
     /// # Errors
     /// It does not start, or a tool is missing.
     pub fn start(auth: Auth) -> Result<Self> {
+        Self::launch(auth, None)
+    }
+
+    /// Starts one, open to all, that takes no pushes and fetches from `remote`
+    /// (`http://…`) what it does not have.
+    ///
+    /// # Errors
+    /// As [`Registry::start`].
+    pub fn pulling_through(remote: &str) -> Result<Self> {
+        Self::launch(Auth::Open, Some(remote))
+    }
+
+    fn launch(auth: Auth, remote: Option<&str>) -> Result<Self> {
         let scratch = tempfile::tempdir()?;
         // The port may be taken between looking and listening: look again then.
         let mut attempts = 0;
         loop {
             let host = format!("127.0.0.1:{}", free_port()?);
-            let config = configuration(scratch.path(), &host, &auth, None)?;
+            let config = configuration(scratch.path(), &host, &auth, remote)?;
             match serve(&config, None, &scratch.path().join("log")) {
                 Ok(process) => {
                     return Ok(Self {

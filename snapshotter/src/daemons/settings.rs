@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::images::Image;
 use crate::keychain::Keychain;
 use crate::lifecycle::make_directory;
+use crate::mirrors::Mirrors;
 use crate::mounts::Layout;
 use crate::prefetch::Lists;
 
@@ -41,6 +42,7 @@ pub struct Settings {
     threads: u32,
     shared: bool,
     template: Map<String, Value>,
+    mirrors: Mirrors,
     keychain: Arc<Keychain>,
     prefetch: Lists,
     /// What daemons had that were found again, by image.
@@ -78,6 +80,7 @@ impl Settings {
             threads: config.daemon.threads_number,
             shared: config.is_shared(),
             template: template::read(&config.daemon.nydusd_config)?,
+            mirrors: Mirrors::open(&config.remote.mirrors_config.dir)?,
             keychain,
             prefetch: Lists::default(),
             found: Mutex::default(),
@@ -282,6 +285,7 @@ impl Settings {
             if place.is_loopback() {
                 backend["scheme"] = json!("http");
             }
+            self.mirrors.add_to(backend, place);
         }
         config
     }

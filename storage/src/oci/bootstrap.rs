@@ -29,6 +29,8 @@ const MAX_BLOB_META: u64 = 1 << 30;
 const MAX_MEMBERS: usize = 4096;
 /// Manifests of one index that are looked at.
 const MAX_CANDIDATES: usize = 16;
+/// Images of one index that are taken when all are wanted.
+const MAX_IMAGES: usize = 128;
 
 /// Name of the bootstrap file, in its directory.
 const BOOTSTRAP: &str = "image.boot";
@@ -114,6 +116,63 @@ pub async fn find_nydus_manifest(
         at,
         detail: format!(" for {platform}"),
     })
+}
+
+/// All Nydus manifests behind the reference of `images` that are for one of `platforms`,
+/// or for any if there are none.
+///
+/// # Errors
+/// As for [`find_nydus_manifest`].
+pub async fn find_nydus_manifests(
+    images: &Images,
+    reference: &super::ImageRef,
+    platforms: &[Platform],
+) -> Result<Vec<NydusManifest>, OciError> {
+    let at = reference.to_string();
+    let (descriptor, bytes) = images.resolve().await?;
+    let entries = match Document::parse(&at, &bytes)? {
+        Document::Manifest(manifest) => {
+            let found = accept(descriptor, manifest).into_iter().collect();
+            return some_of(found, at, platforms);
+        }
+        Document::Index(index) => index.manifests,
+    };
+    let wanted = |entry: &Descriptor| match entry.platform() {
+        Some(offered) if !platforms.is_empty() => platforms.iter().any(|it| it.accepts(&offered)),
+        _ => true,
+    };
+    let mut found = Vec::new();
+    for entry in entries.iter().filter(|entry| !entry.is_index()) {
+        if !wanted(entry) {
+            continue;
+        }
+        if found.len() >= MAX_IMAGES {
+            let reason = format!("more than {MAX_IMAGES} images");
+            return Err(OciError::malformed(at, reason));
+        }
+        let bytes = images.manifest(entry).await?;
+        if let Document::Manifest(manifest) = Document::parse(entry.digest.as_str(), &bytes)? {
+            found.extend(accept(entry.clone(), manifest));
+        }
+    }
+    some_of(found, at, platforms)
+}
+
+/// Nothing found is an error.
+fn some_of(
+    found: Vec<NydusManifest>,
+    at: String,
+    platforms: &[Platform],
+) -> Result<Vec<NydusManifest>, OciError> {
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let names: Vec<_> = platforms.iter().map(Platform::to_string).collect();
+    let detail = match names.is_empty() {
+        true => String::new(),
+        false => format!(" for {}", names.join(" or ")),
+    };
+    Err(OciError::NotNydus { at, detail })
 }
 
 fn accept(descriptor: Descriptor, manifest: Manifest) -> Option<NydusManifest> {

@@ -36,6 +36,7 @@ pub(super) mod upload;
 
 use auth::Login;
 use clients::Clients;
+pub use clients::builder as client_builder;
 use retry::{Attempt, Failure};
 
 /// A connection that cannot be made within this time is a failed attempt.
@@ -103,6 +104,31 @@ impl Registry {
     #[must_use]
     pub fn name(&self) -> &RegistryRef {
         &self.inner.name
+    }
+
+    /// The URL of the host that serves, without a path: `https://host`.
+    #[must_use]
+    pub fn origin(&self) -> &str {
+        &self.inner.origin
+    }
+
+    /// What a request for blobs must carry as `Authorization`, for those who reach the
+    /// registry by way of another server. Logs in, here, unless that has happened.
+    ///
+    /// * `renew`: what was returned last was refused.
+    ///
+    /// # Errors
+    /// As [`Registry::resolve`].
+    pub async fn authorization(
+        &self,
+        renew: bool,
+    ) -> Result<Option<header::HeaderValue>, OciError> {
+        let at = format!("{}/v2/", self.inner.origin);
+        retry::run(&at, "logging in", |attempt: Attempt| async move {
+            let renew = renew || attempt.renew_login;
+            self.login(RegistryOperation::Pull, renew).await
+        })
+        .await
     }
 
     /// Fetches the manifest or index that the tag or digest names.

@@ -22,18 +22,22 @@ pub(super) struct Clients {
     pub(super) http: reqwest::Client,
 }
 
+/// An HTTP client as registries get it: its deadlines, its name, and TLS.
+pub fn builder() -> reqwest::ClientBuilder {
+    // Fails if the process has chosen a provider already, which then serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder()
+        .connect_timeout(CONNECT_DEADLINE)
+        .read_timeout(READ_DEADLINE)
+        .user_agent(USER_AGENT)
+}
+
 impl Clients {
     /// Builds what everybody needs; `plain` for plain HTTP.
     pub(super) fn new(plain: bool) -> Result<Self, Cause> {
-        // Fails if the process has chosen a provider already, which then serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         // First of all: this reports a system without CA certificates, with which
         // `oci-client` would panic, even for plain HTTP.
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_DEADLINE)
-            .read_timeout(READ_DEADLINE)
-            .user_agent(USER_AGENT)
-            .build()?;
+        let http = builder().build()?;
         Ok(Self {
             plain,
             pull: OnceLock::new(),
