@@ -82,25 +82,25 @@ impl Image {
 
     /// The configuration of a `nydusd` that reads it by `route`.
     fn configuration(&self, route: &Route, cache: &Path) -> Value {
-        let mut dragonfly = json!({"X-Dragonfly-Registry": self.origin()});
-        let mirror = match route {
-            Route::Direct => json!(null),
-            Route::Dragonfly(url) => {
-                dragonfly["X-Dragonfly-Scheduling-Policy"] = json!("always");
-                json!({"host": url, "headers": dragonfly})
-            }
-            Route::DragonflyAsIs(url) => json!({"host": url, "headers": dragonfly}),
-            Route::Mirror(url) => json!({"host": url}),
-        };
-        let mut mirrors = Vec::new();
-        if let Value::Object(mut mirror) = mirror {
-            if !matches!(route, Route::Mirror(_)) {
-                let ping = format!("http://127.0.0.1:{HEALTH_PORT}/healthy");
-                mirror.insert("ping_url".to_owned(), json!(ping));
-            }
-            mirror.insert("health_check_interval".to_owned(), json!(1));
-            mirrors.push(mirror);
+        let mut headers = json!({"X-Dragonfly-Registry": self.origin()});
+        if matches!(route, Route::Dragonfly(_)) {
+            headers["X-Dragonfly-Scheduling-Policy"] = json!("always");
         }
+        let mirrors = match route {
+            Route::Direct => Vec::new(),
+            Route::Mirror(url) => vec![json!({"host": url})],
+            // Twice: a second request for what takes long goes to the next mirror, and would
+            // else go to the registry, which the first one is to spare.
+            Route::Dragonfly(url) | Route::DragonflyAsIs(url) => vec![
+                json!({
+                    "host": url,
+                    "headers": headers,
+                    "ping_url": format!("http://127.0.0.1:{HEALTH_PORT}/healthy"),
+                    "health_check_interval": 1,
+                });
+                2
+            ],
+        };
         json!({
             "version": 2,
             "id": self.repository,
