@@ -155,6 +155,8 @@ impl ImageData {
             range: range.clone(),
             priority: Priority::OnDemand,
             served_by: None,
+            direct: false,
+            blob_len: None,
         };
         fetch_to_vec(&*self.backend, &request, limit).map_err(|error| ReadError::Fetch {
             blob: blob.clone(),

@@ -2,7 +2,7 @@
 //!
 //! Text becomes a tree of values ([`node`]), the tree is read through
 //! [`section`] by the rules of its version ([`v1`], [`v2`]; back ends are the
-//! same in both: [`backend`]), and the result is one [`Config`] that the rest
+//! same in both: [`backend`], [`p2p`]), and the result is one [`Config`] that the rest
 //! of the daemon can trust. Keys nobody knows become warnings; values that make
 //! no sense, and features this daemon does not have, are errors that name the
 //! key, the value and what is allowed.
@@ -11,6 +11,7 @@
 
 mod backend;
 mod node;
+mod p2p;
 mod section;
 mod shown;
 mod v1;
@@ -23,7 +24,7 @@ use std::time::Duration;
 
 use storage::backend::http_proxy::HttpProxyConfig;
 use storage::backend::object::ObjectConfig;
-use storage::backend::registry::{ClientCertificate, Mirror, Scheme};
+use storage::backend::registry::{ClientCertificate, Fallback, Mirror, Scheme};
 
 use node::{Node, Table};
 use section::Section;
@@ -130,6 +131,8 @@ pub(crate) struct Registry {
     pub client_certificate: Option<ClientCertificate>,
     /// Tried before the registry itself, in this order.
     pub mirrors: Vec<Mirror>,
+    /// What may be asked of the registry itself when no mirror delivers.
+    pub fallback: Fallback,
     /// Replaces the host of redirects.
     pub redirect_host: Option<String>,
     /// Replaces the scheme of redirects.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use storage::backend::{Backend, BackendError, Fetch, Priority, Sink};
+use storage::backend::{Backend, BackendError, Fetch, Priority, ServedBy, Sink};
 use storage::blob_id::BlobId;
 
 use crate::vfs::stats::size_class;
@@ -153,6 +153,18 @@ impl Backend for Metered {
         self.inner.size(blob)
     }
 
+    fn distrust(&self, blob: &BlobId, range: &Range<u64>, served_by: &ServedBy) {
+        self.inner.distrust(blob, range, served_by);
+    }
+
+    fn want_whole(&self, blob: &BlobId) {
+        self.inner.want_whole(blob);
+    }
+
+    fn grain(&self) -> Option<u64> {
+        self.inner.grain()
+    }
+
     fn renew_login(&self, user: &str, password: &str) -> Result<(), BackendError> {
         self.inner.renew_login(user, password)
     }
@@ -174,6 +186,8 @@ mod tests {
             range,
             priority: Priority::OnDemand,
             served_by: None,
+            direct: false,
+            blob_len: None,
         };
         let mut seen = 0;
         metered

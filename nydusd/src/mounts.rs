@@ -187,6 +187,7 @@ fn registry(config: &config::Registry, metrics: Arc<Metrics>) -> anyhow::Result<
         .client_certificate
         .clone_from(&config.client_certificate);
     settings.mirrors.clone_from(&config.mirrors);
+    settings.fallback = config.fallback;
     settings.redirect_host.clone_from(&config.redirect_host);
     settings.redirect_scheme = config.redirect_scheme;
     start_registry(settings, metrics)

@@ -42,21 +42,60 @@ pub struct Fetch<'a> {
     pub priority: Priority,
     /// Is told which server delivered, if somebody wants to know.
     pub served_by: Option<&'a ServedBy>,
+    /// Ask the source itself, by way of nobody else: what others delivered was wrong.
+    pub direct: bool,
+    /// Length of the stored blob, as the image has it; it is the same for all who read
+    /// this image.
+    pub blob_len: Option<u64>,
 }
 
-/// The server that delivered the last bytes of a fetch, for logs.
+/// The servers that delivered a fetch.
 #[derive(Debug, Default)]
-pub struct ServedBy(Mutex<String>);
+pub struct ServedBy(Mutex<Servers>);
+
+#[derive(Clone, Debug, Default)]
+struct Servers {
+    last: String,
+    /// A bit for each mirror; the last one stands for all that there are beyond it.
+    mirrors: u64,
+}
 
 impl ServedBy {
-    /// Its host; empty if there is none, or nothing has come.
+    /// The host that delivered the last bytes; empty if there is none, or nothing has come.
     #[must_use]
     pub fn host(&self) -> String {
-        lock(&self.0).clone()
+        lock(&self.0).last.clone()
+    }
+
+    /// Whether bytes came from somebody else than the source itself.
+    #[must_use]
+    pub fn is_second_hand(&self) -> bool {
+        lock(&self.0).mirrors != 0
+    }
+
+    pub(crate) fn has_mirror(&self, number: usize) -> bool {
+        lock(&self.0).mirrors & Self::bit(number) != 0
     }
 
     pub(crate) fn set(&self, host: &str) {
-        host.clone_into(&mut lock(&self.0));
+        host.clone_into(&mut lock(&self.0).last);
+    }
+
+    /// Bytes come from the mirror with this number.
+    pub(crate) fn set_mirror(&self, number: usize) {
+        lock(&self.0).mirrors |= Self::bit(number);
+    }
+
+    /// All that delivered to `other`, too.
+    pub(crate) fn add(&self, other: &Self) {
+        let other = lock(&other.0).clone();
+        let mut servers = lock(&self.0);
+        servers.last = other.last;
+        servers.mirrors |= other.mirrors;
+    }
+
+    fn bit(number: usize) -> u64 {
+        1 << number.min(63)
     }
 }
 
@@ -96,6 +135,23 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// As for [`Backend::fetch`].
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError>;
+
+    /// Bytes that came through others were not what the image was made of: they are not
+    /// asked for these again for a while.
+    fn distrust(&self, blob: &BlobId, range: &Range<u64>, served_by: &ServedBy) {
+        let _ = (blob, range, served_by);
+    }
+
+    /// Most of this blob will be asked for soon.
+    fn want_whole(&self, blob: &BlobId) {
+        let _ = blob;
+    }
+
+    /// Requests that nobody waits for should not cross multiples of this many bytes;
+    /// `None` if it makes no difference.
+    fn grain(&self) -> Option<u64> {
+        None
+    }
 
     /// Uses this user name and password from the next request on.
     ///
@@ -183,6 +239,24 @@ pub enum BackendError {
         asked: Range<u64>,
         /// What the answer's headers say.
         sent: String,
+    },
+    /// A Dragonfly agent could not deliver, whatever its status says.
+    #[error("{url}: {fault} (status {status})")]
+    Agent {
+        /// URL without credentials or query.
+        url: String,
+        /// HTTP status code.
+        status: u16,
+        /// Whose fault it is.
+        fault: registry::AgentFault,
+    },
+    /// No mirror delivered, and the registry itself must not be asked.
+    #[error("{url}: no mirror delivers, and the configuration forbids to ask the registry itself")]
+    NoDetour {
+        /// URL without credentials or query.
+        url: String,
+        /// What the last mirror that was asked said, if one was.
+        source: Option<Box<BackendError>>,
     },
     /// Credentials were refused, or a token could not be had.
     #[error("{url}: not authorised: {reason}")]

@@ -130,6 +130,11 @@ impl Blob {
         Ok(blob)
     }
 
+    /// Tells whoever delivers the blob that most of it will be asked for.
+    pub(crate) fn will_be_read_whole(&self) {
+        self.backend.want_whole(&self.info.id);
+    }
+
     /// What the bootstrap says about this blob.
     #[must_use]
     pub fn info(&self) -> &BlobInfo {

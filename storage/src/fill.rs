@@ -36,7 +36,7 @@ use bytes::Bytes;
 
 pub(crate) use flight::{Claim, Flights, Outcome};
 use machine::Locked;
-use plan::{Member, Piece};
+use plan::{Joining, Member, Piece};
 use recent::Recent;
 use unpack::{Job, Unpacker};
 
@@ -283,6 +283,7 @@ impl<'a> Filler<'a> {
     ) -> Result<Vec<Piece>, ReadError> {
         let mut pieces: Vec<Piece> = Vec::new();
         let mut unit: Option<Range<u64>> = None;
+        let joining = Joining::of(request.priority, self.backend);
         while *at < end {
             let index = ChunkIndex::new(*at);
             if self.is_settled(index, request) {
@@ -296,9 +297,7 @@ impl<'a> Filler<'a> {
                 Err(error) => return Err(error),
             };
             let joined = match &unit {
-                Some(unit) if !plan::joins(unit, &piece.stored, plan::gap(request.priority)) => {
-                    break;
-                }
+                Some(unit) if !joining.joins(unit, &piece.stored) => break,
                 Some(unit) => unit.start..unit.end.max(piece.stored.end),
                 None => piece.stored.clone(),
             };
@@ -395,8 +394,8 @@ impl<'a> Filler<'a> {
     }
 
     fn fetch(&self, jobs: Vec<Job<'a>>, request: &mut Request<'_>) {
-        let gap = plan::gap(request.priority);
-        for (range, jobs) in plan::units(jobs, gap, |job: &Job<'_>| &job.stored) {
+        let joining = Joining::of(request.priority, self.backend);
+        for (range, jobs) in plan::units(jobs, joining, |job: &Job<'_>| &job.stored) {
             self.fetch_unit(range, jobs.into(), request);
         }
     }
@@ -445,7 +444,7 @@ impl<'a> Filler<'a> {
     /// Fetches one unit. If it fails because part of its range does not exist, the
     /// other parts are fetched alone, so that the failure stays where it belongs.
     fn fetch_unit(&self, range: Range<u64>, jobs: VecDeque<Job<'a>>, request: &mut Request<'_>) {
-        let Err((rest, error)) = self.transfer(range, jobs, request) else {
+        let Err((rest, error)) = self.transfer(range, jobs, false, request) else {
             return;
         };
         let alone = rest.len() > 1 && concerns_the_range(&error);
@@ -454,18 +453,38 @@ impl<'a> Filler<'a> {
                 job.fail(&error, request);
                 continue;
             }
-            let range = job.stored.clone();
-            if let Err((rest, error)) = self.transfer(range, [job].into(), request) {
-                rest.into_iter().for_each(|job| job.fail(&error, request));
-            }
+            self.transfer_alone(job, false, request);
         }
     }
 
+    fn transfer_alone(&self, job: Job<'a>, direct: bool, request: &mut Request<'_>) {
+        let range = job.stored.clone();
+        if let Err((rest, error)) = self.transfer(range, [job].into(), direct, request) {
+            rest.into_iter().for_each(|job| job.fail(&error, request));
+        }
+    }
+
+    /// Asks the source itself for what somebody else delivered wrongly.
+    fn ask_directly(
+        &self,
+        job: Job<'a>,
+        error: &ReadError,
+        served_by: &ServedBy,
+        request: &mut Request<'_>,
+    ) {
+        tracing::warn!(%error, host = %served_by.host(), "asking the source itself");
+        self.backend.distrust(&self.info.id, &job.stored, served_by);
+        self.transfer_alone(job, true, request);
+    }
+
     /// One request. On error returns the jobs that are not done.
+    ///
+    /// * `direct`: of the source itself, by way of nobody else.
     fn transfer(
         &self,
         range: Range<u64>,
         jobs: VecDeque<Job<'a>>,
+        direct: bool,
         request: &mut Request<'_>,
     ) -> Result<(), (VecDeque<Job<'a>>, ReadError)> {
         let start = Instant::now();
@@ -475,6 +494,8 @@ impl<'a> Filler<'a> {
             range: range.clone(),
             priority: request.priority,
             served_by: Some(&served_by),
+            direct,
+            blob_len: Some(self.info.compressed_size),
         };
         let chunk = jobs
             .front()
@@ -487,10 +508,10 @@ impl<'a> Filler<'a> {
             reason = ?fetch.priority,
         );
         let entered = span.enter();
-        let mut unpacker = Unpacker::new(self, jobs, range.start);
-        let result = self
-            .backend
-            .fetch(&fetch, &mut |bytes| unpacker.feed(bytes, request));
+        let mut unpacker = Unpacker::new(self, jobs, range.start, direct);
+        let result = self.backend.fetch(&fetch, &mut |bytes| {
+            unpacker.feed(bytes, &served_by, request)
+        });
         self.metrics.fetched(fetch.priority, unpacker.received);
         add_time(&self.metrics.fetch_time, start);
         if fetch.priority == Priority::OnDemand {
@@ -511,7 +532,16 @@ impl<'a> Filler<'a> {
             "" => "its source".to_owned(),
             host => host.to_owned(),
         });
-        if unpacker.jobs.is_empty() {
+        let Unpacker {
+            jobs,
+            received,
+            doubtful,
+            ..
+        } = unpacker;
+        for (job, error) in doubtful {
+            self.ask_directly(job, &error, &served_by, request);
+        }
+        if jobs.is_empty() {
             return Ok(());
         }
         let error = match result {
@@ -523,13 +553,13 @@ impl<'a> Filler<'a> {
                     name: self.info.id.to_string(),
                     offset: range.start,
                     len: range.end - range.start,
-                    got: unpacker.received,
+                    got: received,
                 };
                 self.fetch_error(range, error)
             }
         };
         add(&self.metrics.fetch_failures, 1);
-        Err((unpacker.jobs, error))
+        Err((jobs, error))
     }
 
     /// Checks that `bytes` are the ones the image was built from, and belong there.

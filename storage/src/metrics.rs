@@ -81,6 +81,11 @@ metrics! {
     redirects_renewed: Counter, "backend.redirects_renewed", "requests", "Remembered redirects that had expired.";
     bytes_skipped: Counter, "backend.bytes_skipped", "bytes", "Bytes read and thrown away because a server ignores ranges.";
     mirror_failures: Counter, "backend.mirror_failures", "requests", "Requests to a mirror that another source had to serve.";
+    mirror_requests: Counter, "backend.mirror_requests", "requests", "Requests to mirrors, agents of Dragonfly included.";
+    mirror_bytes: Counter, "backend.mirror_bytes", "bytes", "Compressed bytes that mirrors delivered.";
+    mirror_throttled: Counter, "backend.mirror_throttled", "requests", "Requests that an agent of Dragonfly refused because there were too many.";
+    mirror_wrong_bytes: Counter, "backend.mirror_wrong_bytes", "requests", "Requests that a mirror answered with bytes that the image was not made of; the registry itself was asked instead.";
+    fallbacks: Counter, "backend.fallbacks", "requests", "Requests to the registry itself because no mirror delivered.";
     hits: Counter, "cache.hits", "reads", "Looks of readers that found all they wanted; a FUSE read that waited looks once more when it is answered.";
     misses: Counter, "cache.misses", "reads", "Looks of readers that had to wait for something.";
     dedup_hits: Counter, "cache.dedup_hits", "chunks", "Chunks that need no fetch, because the cache has them from an earlier mount, another image or another process: found when a blob is opened, or when it is their turn to be fetched.";

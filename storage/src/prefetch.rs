@@ -8,7 +8,7 @@
 //! and given up after `ATTEMPTS`; a paused or stopped prefetch ends its running steps
 //! and begins no other, and so does one whose cache has no room; a closed blob ends those of its steps that are left.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -145,6 +145,7 @@ impl Prefetch {
         for (blob, plain) in ranges {
             cut(&mut steps, &blob, &plain, settings.step.max(4096));
         }
+        announce(&steps);
         let total = steps.iter().map(Step::len).sum();
         let metrics = steps.front().map(|step| Arc::clone(step.blob.metrics()));
         let metrics = metrics.unwrap_or_default();
@@ -225,6 +226,22 @@ impl Drop for Prefetch {
     fn drop(&mut self) {
         lock(&self.0.work).state = State::Stopped;
         self.0.changed.notify_all();
+    }
+}
+
+/// Tells those who deliver which blobs they will be asked for most of.
+fn announce(steps: &VecDeque<Step>) {
+    let mut wanted = HashMap::new();
+    for step in steps {
+        let (_, len) = wanted
+            .entry(step.blob.info().id.clone())
+            .or_insert_with(|| (Arc::clone(&step.blob), 0_u64));
+        *len = len.saturating_add(step.stored_len());
+    }
+    for (blob, len) in wanted.values() {
+        if *len > blob.info().compressed_size / 2 {
+            blob.will_be_read_whole();
+        }
     }
 }
 

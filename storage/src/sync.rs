@@ -8,7 +8,7 @@
 //! crate are a few lines over plain data that is valid after every statement, and
 //! a reader must not fail because another one did.
 
-pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+pub use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 pub use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use std::time::Duration;

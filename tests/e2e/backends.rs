@@ -95,6 +95,8 @@ fn fetch(backend: &dyn Backend, blob: &BlobId, range: Range<u64>) -> Result<Vec<
         range,
         priority,
         served_by: None,
+        direct: false,
+        blob_len: None,
     };
     fetch_to_vec(backend, &request, 1 << 24)
 }

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use storage::backend::http_proxy::{Address, HttpProxyConfig};
-use storage::backend::registry::{ClientCertificate, Mirror, RetryLimits, Scheme, Timeouts};
+use storage::backend::registry::{
+    ClientCertificate, Dragonfly, Fallback, Mirror, RetryLimits, Scheme, Timeouts, WhoFallsBack,
+};
 use storage::gate::Limits;
 
 use super::section::Section;
-use super::{Backend, ConfigError, Login, Registry};
+use super::{Backend, ConfigError, Login, Registry, p2p};
 
 mod object;
 
@@ -130,7 +132,7 @@ struct Network {
 
 impl Network {
     fn read(section: &mut Section<'_>) -> Result<Self, ConfigError> {
-        proxy(section)?;
+        no_proxy(section)?;
         let (mut timeouts, mut retry) = (Timeouts::default(), RetryLimits::default());
         timeouts.read = seconds(section, "timeout")?.unwrap_or(timeouts.read);
         timeouts.connect = seconds(section, "connect_timeout")?.unwrap_or(timeouts.connect);
@@ -146,13 +148,16 @@ impl Network {
     }
 }
 
-fn files(section: &mut Section<'_>, key: &'static str) -> Result<Vec<PathBuf>, ConfigError> {
+pub(super) fn files(
+    section: &mut Section<'_>,
+    key: &'static str,
+) -> Result<Vec<PathBuf>, ConfigError> {
     let files = section.texts(key)?;
     Ok(files.into_iter().map(PathBuf::from).collect())
 }
 
 /// A string that is there and not empty.
-fn filled<'a>(
+pub(super) fn filled<'a>(
     section: &mut Section<'a>,
     key: &'static str,
 ) -> Result<Option<&'a str>, ConfigError> {
@@ -178,16 +183,24 @@ fn registry(section: &mut Section<'_>) -> Result<Registry, ConfigError> {
     }
     let plain_http = scheme(section, "scheme")? == Some(Scheme::Http);
     let login = login(section)?;
-    proxy(section)?;
+    let skip_verify = section.flag("skip_verify", false)?;
+    let mut mirrors = mirrors(section)?;
+    let mut fallback = Fallback::default();
+    if let Some((mut proxy, who)) = p2p::proxy(section)? {
+        proxy.skip_verify = skip_verify;
+        mirrors.push(proxy);
+        fallback = who;
+    }
     Ok(Registry {
         host,
         repo,
         plain_http,
         login,
-        skip_verify: section.flag("skip_verify", false)?,
+        skip_verify,
         ca_cert_files: files(section, "ca_cert_files")?,
         client_certificate: client_certificate(section)?,
-        mirrors: mirrors(section)?,
+        mirrors,
+        fallback,
         redirect_host: filled(section, "blob_redirected_host")?.map(str::to_owned),
         redirect_scheme: scheme(section, "blob_url_scheme")?,
         timeout: seconds(section, "timeout")?,
@@ -230,6 +243,12 @@ fn mirrors(section: &mut Section<'_>) -> Result<Vec<Mirror>, ConfigError> {
         mirror.skip_verify = table.flag("skip_verify", false)?;
         mirror.ca_files = files(&mut table, "ca_cert_files")?;
         mirror.share_credentials = table.flag("share_credentials", true)?;
+        // What Dragonfly's own tools set up for a node.
+        let names_dragonfly =
+            |(name, _): &(String, String)| name.to_ascii_lowercase().starts_with("x-dragonfly-");
+        if mirror.headers.iter().any(names_dragonfly) {
+            mirror.dragonfly = Some(Dragonfly::default());
+        }
         // Always so: a mirror is asked like the registry.
         table.ignore(&["auth_through"]);
         section.close(table);
@@ -248,7 +267,10 @@ fn scheme(section: &mut Section<'_>, key: &'static str) -> Result<Option<Scheme>
 }
 
 /// 0 would make every request fail; clients mean the default by it.
-fn seconds(section: &mut Section<'_>, key: &'static str) -> Result<Option<Duration>, ConfigError> {
+pub(super) fn seconds(
+    section: &mut Section<'_>,
+    key: &'static str,
+) -> Result<Option<Duration>, ConfigError> {
     let seconds = section.number(key, 0, 0..=MAX_SECONDS)?;
     Ok((seconds > 0).then(|| Duration::from_secs(seconds)))
 }
@@ -280,32 +302,21 @@ pub(super) fn decode_auth(text: &str) -> Option<Login> {
 }
 
 /// A proxy that may be by-passed is by-passed; one that must be used is refused.
-fn proxy(section: &mut Section<'_>) -> Result<(), ConfigError> {
-    let Some(mut proxy) = section.section("proxy")? else {
-        return Ok(());
-    };
-    let url = proxy.text("url")?.unwrap_or_default();
-    let fallback = proxy.flag("fallback", true)?;
-    proxy.ignore(&[
-        "ping_url",
-        "check_interval",
-        "check_pause_elapsed",
-        "use_http",
-        "dragonfly_scheduler_endpoint",
-    ]);
-    if !url.is_empty() && !fallback {
-        return Err(ConfigError::Unsupported {
-            key: proxy.path_of("url"),
-            feature: "fetching through a proxy",
-            hint: "remove `proxy.url` to fetch from the registry directly",
-        });
+fn no_proxy(section: &mut Section<'_>) -> Result<(), ConfigError> {
+    let path = section.path_of("proxy.url");
+    match p2p::proxy(section)? {
+        Some((_, fallback)) if fallback.who == WhoFallsBack::Never => {
+            Err(ConfigError::Unsupported {
+                key: path,
+                feature: "fetching through a proxy from what is no registry",
+                hint: "remove `proxy.url` to fetch directly",
+            })
+        }
+        Some(_) => {
+            let text = "proxies are for back end `registry`, fetching directly";
+            section.warn("proxy.url", text);
+            Ok(())
+        }
+        None => Ok(()),
     }
-    if !url.is_empty() {
-        proxy.warn(
-            "url",
-            "proxies are not supported yet, fetching from the registry directly",
-        );
-    }
-    section.close(proxy);
-    Ok(())
 }

@@ -2,6 +2,7 @@
 
 use storage::backend::http_proxy::Address;
 use storage::backend::object::{Keys, Login, Store};
+use storage::backend::registry::{Scheduling, Tasks, Upstream, WhoFallsBack, WholeBlob};
 
 use super::*;
 
@@ -416,8 +417,26 @@ fn what_is_refused_and_why() {
         (
             V1,
             r#""url": "", "fallback": true"#,
-            r#""url": "http://p", "fallback": false"#,
-            &["`device.backend.config.proxy.url`", "not supported"],
+            r#""url": "p:1""#,
+            &["`device.backend.config.proxy.url`", "http://"],
+        ),
+        (
+            V1,
+            r#""mode": "direct""#,
+            r#""mode": "direct", "p2p": {"mode": "torrent"}"#,
+            &["`p2p.mode`", "torrent", "\"forward\""],
+        ),
+        (
+            V1,
+            r#""mode": "direct""#,
+            r#""mode": "direct", "p2p": {"endpoint": [{"url": "127.0.0.1:4001"}]}"#,
+            &["`p2p.endpoint[0].url`", "http://"],
+        ),
+        (
+            V1,
+            r#""mode": "direct""#,
+            r#""mode": "direct", "p2p": {"dragonfly": {"priority_on_demand": 7}}"#,
+            &["`p2p.dragonfly.priority_on_demand`", "from 0 to 6"],
         ),
         (V1, r#""mode": "direct","#, "", &["`mode` is missing"]),
         (V1, "\"mode\"", "mode", &["as JSON", "line"]),
@@ -432,16 +451,104 @@ fn what_is_refused_and_why() {
     }
 }
 
+/// The registry of a configuration that has one.
+fn registry_of(text: &str) -> (Registry, Vec<String>) {
+    let config = Config::parse(text).unwrap();
+    let Backend::Registry(registry) = config.backend else {
+        panic!("{:?}", config.backend)
+    };
+    (registry, config.warnings)
+}
+
 #[test]
-fn a_proxy_with_fallback_is_by_passed_aloud() {
-    let text = V1.replacen(r#""url": """#, r#""url": "http://p""#, 1);
-    let config = Config::parse(&text).unwrap();
-    assert!(
-        config
-            .warnings
-            .iter()
-            .any(|text| text.contains("proxy.url: proxies are not"))
+fn a_forward_proxy_is_the_last_mirror() {
+    let proxy = r#""url": "http://p:1", "ping_url": "http://p/ping", "check_interval": 7, "use_http": true"#;
+    for (fallback, who) in [
+        ("true", WhoFallsBack::Always),
+        ("false", WhoFallsBack::Never),
+    ] {
+        let text = format!(r#"{proxy}, "fallback": {fallback}"#);
+        let text = V1.replacen(r#""url": "", "fallback": true"#, &text, 1);
+        let (registry, _) = registry_of(&text);
+        assert_eq!(registry.mirrors.len(), 2);
+        let mirror = &registry.mirrors[1];
+        assert_eq!(mirror.url, "http://p:1");
+        assert_eq!(mirror.upstream, Upstream::Proxy { plain: true });
+        assert_eq!(mirror.ping_url.as_deref(), Some("http://p/ping"));
+        assert_eq!(mirror.health_check_interval, Duration::from_secs(7));
+        assert_eq!(mirror.dragonfly.as_ref().unwrap().priority_prefetch, 3);
+        assert_eq!(registry.fallback.who, who);
+    }
+    // Other back ends fetch directly, or not at all.
+    let text = "addr = 'http://h/'\nproxy = { url = 'http://p' }";
+    backend_of("http-proxy", text).unwrap();
+    let text = "addr = 'http://h/'\nproxy = { url = 'http://p', fallback = false }";
+    let error = backend_of("http-proxy", text).unwrap_err();
+    assert!(error.to_string().contains("no registry"), "{error}");
+}
+
+#[test]
+fn endpoints_of_a_network_of_nodes_come_before_mirrors() {
+    let p2p = r#""mode": "direct", "p2p": {
+        "fallback": "never", "fallback_rate": 9, "dragonfly": {"tag": "t", "prefetch": "never"},
+        "endpoint": [
+            {"url": "http://127.0.0.1:4001", "ping_url": "http://127.0.0.1:4003/healthy"},
+            {"url": "http://elsewhere", "registries": ["other.example"]},
+            {"url": "http://seed:4001", "seed": true},
+            {"url": "http://spegel:5000", "kind": "generic", "upstream": "ns", "registries": ["*"]}]}"#;
+    let (registry, warnings) = registry_of(&V1.replacen(r#""mode": "direct""#, p2p, 1));
+    let urls: Vec<_> = registry
+        .mirrors
+        .iter()
+        .map(|mirror| mirror.url.as_str())
+        .collect();
+    let expected = [
+        "http://127.0.0.1:4001",
+        "http://seed:4001",
+        "http://spegel:5000",
+    ];
+    assert_eq!(urls[..3], expected);
+    assert_eq!(urls.len(), 4);
+    let (agent, generic) = (&registry.mirrors[0], &registry.mirrors[2]);
+    let seed = registry.mirrors[1].dragonfly.as_ref().unwrap();
+    assert_eq!(
+        (seed.scheduling, seed.tasks),
+        (Scheduling::Auto, Tasks::Blobs)
     );
+    let upstream = format!("https://{}", registry.host);
+    assert_eq!(
+        agent.headers,
+        [("X-Dragonfly-Registry".to_owned(), upstream)]
+    );
+    let dragonfly = agent.dragonfly.as_ref().unwrap();
+    assert_eq!(dragonfly.tasks, Tasks::default());
+    assert_eq!(
+        (dragonfly.tag.as_str(), dragonfly.whole_blob),
+        ("t", WholeBlob::Never)
+    );
+    assert!(agent.share_credentials && !generic.share_credentials);
+    assert_eq!(
+        (&generic.dragonfly, generic.upstream),
+        (&None, Upstream::Query)
+    );
+    assert_eq!(registry.fallback.who, WhoFallsBack::Never);
+    assert_eq!((registry.fallback.rate, registry.fallback.burst), (9, 64));
+    assert!(
+        !warnings.iter().any(|text| text.contains("p2p")),
+        "{warnings:?}"
+    );
+
+    let off = p2p.replacen("\"fallback\"", "\"mode\": \"off\", \"fallback\"", 1);
+    let (registry, _) = registry_of(&V1.replacen(r#""mode": "direct""#, &off, 1));
+    assert_eq!(registry.mirrors.len(), 1);
+    assert_eq!(registry.fallback.who, WhoFallsBack::Always);
+}
+
+#[test]
+fn a_mirror_with_headers_for_dragonfly_is_an_agent_of_it() {
+    let text = V1.replacen("X-Up", "x-dragonfly-registry", 1);
+    let (registry, _) = registry_of(&text);
+    assert!(registry.mirrors[0].dragonfly.is_some(), "{registry:?}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! file-system settings at the top level. What production clients send.
 
 use super::section::Section;
-use super::{Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache};
+use super::{Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache, p2p};
 
 /// Largest unit of reading ahead, in bytes.
 const MAX_BATCH: u64 = 0x1000_0000;
@@ -16,10 +16,11 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     let type_key = section.path_of("type");
     let kind = section.required_text("type")?;
     let mut settings = section.required_section("config")?;
-    let backend = backend::read(kind, &type_key, &mut settings)?;
+    let mut backend = backend::read(kind, &type_key, &mut settings)?;
     let limits = backend::limits(&mut settings)?;
     section.close(settings);
     device.close(section);
+    p2p::read(root, &mut backend)?;
 
     if device.has_content("external_backends") {
         return Err(ConfigError::Unsupported {

@@ -3,7 +3,7 @@
 use storage::gate;
 
 use super::section::Section;
-use super::{Cache, Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache};
+use super::{Cache, Config, ConfigError, Prefetch, backend, cache_type, driver, file_cache, p2p};
 
 /// Largest unit of prefetching, in bytes.
 const MAX_BATCH: u64 = 0x1000_0000;
@@ -14,8 +14,9 @@ pub(super) fn read(root: &mut Section<'_>) -> Result<Config, ConfigError> {
     let id = root.text("id")?.unwrap_or_default().to_owned();
 
     let mut section = root.required_section("backend")?;
-    let (backend, limits) = read_backend(&mut section)?;
+    let (mut backend, limits) = read_backend(&mut section)?;
     root.close(section);
+    p2p::read(root, &mut backend)?;
 
     if root.has_content("external_backends") {
         return Err(ConfigError::Unsupported {

@@ -46,8 +46,8 @@ impl Output {
     }
 
     /// Notes where the bytes that follow come from.
-    pub(super) fn comes_from(&self, host: &str) {
-        self.served_by.set(host);
+    pub(super) fn comes_from(&self, server: &ServedBy) {
+        self.served_by.add(server);
     }
 
     /// What was noted.
@@ -87,6 +87,9 @@ where
         match message {
             Some(Ok(bytes)) => {
                 missing = missing.saturating_sub(as_u64(bytes.len()));
+                if let Some(wanted) = request.served_by {
+                    wanted.add(&served_by);
+                }
                 if let Err(Stop) = sink(&bytes) {
                     break Ok(Err(BackendError::Stopped));
                 }
@@ -99,7 +102,7 @@ where
     // Whatever it is waiting for, nobody else does.
     task.abort();
     if let Some(wanted) = request.served_by {
-        wanted.set(&served_by.host());
+        wanted.add(&served_by);
     }
     result
 }

@@ -140,6 +140,8 @@ mod tests {
             range,
             priority: Priority::OnDemand,
             served_by: None,
+            direct: false,
+            blob_len: None,
         };
         fetch_to_vec(backend, &request, 1 << 30)
     }

@@ -197,6 +197,7 @@ impl ObjectBackend {
             ca_files: &config.ca_files,
             certificate: None,
             skip_verify: config.skip_verify,
+            proxy: None,
         };
         if config.skip_verify && !tls.plain {
             tracing::warn!("{}: certificates are not verified", config.endpoint);

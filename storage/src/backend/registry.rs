@@ -4,9 +4,11 @@
 //! bytes come out through a bounded channel, so a slow receiver slows the transfer
 //! down instead of filling memory. One fetch, top to bottom:
 //!
-//! * `transfer`: attempts until every byte is delivered, at mirrors first; resumes
-//!   where one broke;
-//! * `endpoint`, `health`: the registry and its mirrors, and which are worth asking;
+//! * `transfer`: attempts until every byte is delivered; resumes where one broke;
+//! * `client`: mirrors first, then the registry itself (`fallback`);
+//! * `endpoint`, `health`, `distrust`: the registry and its mirrors, and which are worth
+//!   asking;
+//! * `dragonfly`, `pieces`: what is special about mirrors that pass blobs from node to node;
 //! * `hedge`: a second request where the first takes too long for a reader;
 //! * `open`: one attempt up to the headers, with credentials and redirects;
 //! * `redirects`: where blobs were found last, until that expires;
@@ -23,11 +25,16 @@
 
 pub(super) mod answer;
 mod auth;
+mod client;
 mod config;
+mod distrust;
+mod dragonfly;
 mod endpoint;
+mod fallback;
 mod health;
 pub(super) mod hedge;
 mod open;
+mod pieces;
 pub(super) mod redirects;
 pub(super) mod retry;
 pub(super) mod tls;
@@ -37,15 +44,21 @@ pub(super) mod transfer;
 use std::fmt;
 
 pub use auth::{CredentialProvider, Credentials};
-pub use config::{ClientCertificate, Mirror, RegistryConfig, Scheme, Timeouts};
+pub use config::{ClientCertificate, Mirror, RegistryConfig, Scheme, Timeouts, Upstream};
+pub use dragonfly::{AgentFault, Dragonfly, PIECE, Scheduling, TASK_DISK, Tasks, WholeBlob};
+pub use fallback::{Fallback, WhoFallsBack};
 pub use retry::RetryLimits;
 
+use client::Allowance;
 use endpoint::Endpoint;
+use fallback::Detour;
 use hedge::Latency;
 use retry::Pause;
 
+use tokio::sync::Notify;
+
 use super::remote::Remote;
-use super::{Backend, BackendError, Fetch, Sink};
+use super::{Backend, BackendError, Fetch, ServedBy, Sink};
 use crate::blob_id::BlobId;
 use crate::metrics::Metrics;
 use crate::sync::{Arc, AtomicBool, Ordering};
@@ -75,6 +88,10 @@ struct Client {
     /// Tried in this order before the registry itself.
     mirrors: Vec<Endpoint>,
     origin: Endpoint,
+    detour: Detour,
+    allowance: Allowance,
+    /// Told when a mirror is left alone.
+    changed: Arc<Notify>,
     timeouts: Timeouts,
     retry: RetryLimits,
     metrics: Arc<Metrics>,
@@ -102,12 +119,16 @@ impl RegistryBackend {
         config: RegistryConfig,
         metrics: Arc<Metrics>,
     ) -> Result<Self, BackendError> {
+        let changed = Arc::default();
         let mirrors = config.mirrors.iter();
         let client = Client {
             mirrors: mirrors
-                .map(|mirror| Endpoint::mirror(&config, mirror))
+                .map(|mirror| Endpoint::mirror(&config, mirror, &changed))
                 .collect::<Result<_, _>>()?,
             origin: Endpoint::origin(&config)?,
+            detour: Detour::new(config.fallback),
+            allowance: Allowance::default(),
+            changed,
             timeouts: config.timeouts,
             retry: config.retry,
             metrics,
@@ -158,6 +179,30 @@ impl Backend for RegistryBackend {
 
     fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
         self.remote.size(blob)
+    }
+
+    fn distrust(&self, blob: &BlobId, range: &std::ops::Range<u64>, served_by: &ServedBy) {
+        // Pings need the runtime.
+        let (client, blob, range) = (
+            Arc::clone(self.remote.source()),
+            blob.clone(),
+            range.clone(),
+        );
+        let by = ServedBy::default();
+        by.add(served_by);
+        self.remote
+            .spawn(async move { client.distrust(&blob, &range, &by) });
+    }
+
+    fn want_whole(&self, blob: &BlobId) {
+        for mirror in &self.remote.source().mirrors {
+            mirror.want_whole(blob, false);
+        }
+    }
+
+    fn grain(&self) -> Option<u64> {
+        let mut mirrors = self.remote.source().mirrors.iter();
+        mirrors.any(Endpoint::is_dragonfly).then_some(PIECE)
     }
 
     fn renew_login(&self, user: &str, password: &str) -> Result<(), BackendError> {

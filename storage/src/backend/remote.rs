@@ -8,6 +8,7 @@ use std::future::Future;
 use tokio::runtime::Runtime;
 
 use super::bridge::{self, Vanished};
+use super::registry::hedge::Manner;
 use super::registry::transfer::{Source, transfer};
 use super::{BackendError, Fetch, Sink};
 use crate::blob_id::BlobId;
@@ -56,9 +57,10 @@ impl<S: Source> Remote<S> {
         sink: &mut Sink<'_>,
     ) -> Result<(), BackendError> {
         let (source, blob) = (Arc::clone(&self.source), request.blob.clone());
-        let (range, priority) = (request.range.clone(), request.priority);
+        let range = request.range.clone();
+        let manner = Manner::of(request);
         bridge::fetch(self.runtime()?, request, sink, |out| async move {
-            transfer(&*source, &blob, range, priority, out).await;
+            transfer(&source, &blob, range, manner, out).await;
         })
         .unwrap_or_else(|Vanished| Err(self.vanished(request.blob)))
     }

@@ -7,13 +7,14 @@
 //!
 //! Promise: a table file in the cache directory is complete, or not there.
 
+use std::cell::Cell;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use super::table_blob;
-use crate::backend::{Backend, BackendError, Fetch, Priority, fetch_to_vec};
+use crate::backend::{Backend, BackendError, Fetch, Priority, ServedBy, fetch_to_vec};
 use crate::blob_id::BlobId;
 use crate::blob_info::{BlobFeatures, BlobInfo};
 use crate::cache::{CacheDir, CacheError, temporary_name};
@@ -97,6 +98,9 @@ pub(super) fn fetch(
         backend,
         cache,
         priority,
+        served_by: ServedBy::default(),
+        fetched: Cell::default(),
+        direct: Cell::default(),
     };
     let mut attempt = 1;
     loop {
@@ -104,6 +108,7 @@ pub(super) fn fetch(
             // Bytes damaged on the way are worth another try, at once.
             Err(error @ ReadError::Table { .. }) if attempt < ATTEMPTS => {
                 tracing::warn!(blob = %source.blob, %error, "chunk table is damaged; fetching it again");
+                source.distrust();
                 attempt += 1;
             }
             result => return result,
@@ -117,9 +122,22 @@ struct Source<'a> {
     backend: &'a dyn Backend,
     cache: &'a CacheDir,
     priority: Priority,
+    served_by: ServedBy,
+    /// Everything that was fetched.
+    fetched: Cell<(u64, u64)>,
+    direct: Cell<bool>,
 }
 
 impl Source<'_> {
+    /// What was fetched is wrong. If it came from a mirror, the source itself is asked next.
+    fn distrust(&self) {
+        let (start, end) = self.fetched.take();
+        if self.served_by.is_second_hand() && !self.direct.replace(true) {
+            self.backend
+                .distrust(&self.blob, &(start..end), &self.served_by);
+        }
+    }
+
     fn load(&self) -> Result<ChunkTable, ReadError> {
         let range = stored_table::stored_range(self.info).map_err(|e| table_error(self.info, e))?;
         let (stored, toc) = self.get_with_toc(range)?;
@@ -211,8 +229,18 @@ impl Source<'_> {
             blob: &self.blob,
             range: range.clone(),
             priority: self.priority,
-            served_by: None,
+            served_by: Some(&self.served_by),
+            direct: self.direct.get(),
+            // Not of the blob of data if the table has one of its own.
+            blob_len: (self.blob == self.info.id).then_some(self.info.compressed_size),
         };
+        let (first, last) = self.fetched.get();
+        let first = if last == 0 {
+            range.start
+        } else {
+            first.min(range.start)
+        };
+        self.fetched.set((first, last.max(range.end)));
         let start = std::time::Instant::now();
         let result = fetch_to_vec(self.backend, &request, MAX_STORED);
         let metrics = self.cache.metrics();

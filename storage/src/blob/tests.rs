@@ -10,7 +10,7 @@ use std::path::Path;
 use std::thread;
 
 use super::*;
-use crate::backend::{BackendError, Fetch, Sink, Stop};
+use crate::backend::{BackendError, Fetch, ServedBy, Sink, Stop};
 use crate::blob_writer::{BlobOptions, BlobWriter, ChunkData, PreparedChunk};
 use crate::cache::{CacheDir, Settings};
 use crate::metrics::Metrics;
@@ -45,6 +45,8 @@ enum Fault {
     /// Delivers half, then fails.
     Break,
     Panic,
+    /// A mirror in front of it delivers wrong bytes.
+    LyingMirror,
 }
 
 /// A blob in memory that fails on demand.
@@ -57,6 +59,7 @@ struct Faulty {
     /// Every byte range that was delivered whole.
     log: Mutex<Vec<Range<u64>>>,
     slow: bool,
+    distrusted: AtomicU64,
 }
 
 impl Backend for Faulty {
@@ -87,7 +90,12 @@ impl Backend for Faulty {
             Some(Fault::Panic) => panic!("a bug in the backend"),
             Some(Fault::WrongBytes) => bytes.iter_mut().step_by(1000).for_each(|b| *b ^= 1),
             Some(Fault::Short | Fault::Break) => bytes.truncate(bytes.len() / 2),
-            None => lock(&self.log).push(request.range.clone()),
+            Some(Fault::LyingMirror) if !request.direct => {
+                bytes.iter_mut().step_by(1000).for_each(|b| *b ^= 1);
+                let served_by = request.served_by.unwrap();
+                served_by.set_mirror(0);
+            }
+            None | Some(Fault::LyingMirror) => lock(&self.log).push(request.range.clone()),
         }
         for piece in bytes.chunks(10_007) {
             sink(piece).map_err(|Stop| BackendError::Stopped)?;
@@ -100,6 +108,11 @@ impl Backend for Faulty {
 
     fn size(&self, _: &BlobId) -> Result<u64, BackendError> {
         Ok(crate::codec::as_u64(self.data.len()))
+    }
+
+    fn distrust(&self, _: &BlobId, _: &Range<u64>, served_by: &ServedBy) {
+        assert!(served_by.has_mirror(0));
+        self.distrusted.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -514,6 +527,24 @@ fn faults_give_errors_or_right_bytes_and_leave_nothing_behind() {
         bench.check(0..bench.size()).unwrap();
         assert!(bench.blob.is_complete());
     }
+}
+
+#[test]
+fn wrong_bytes_of_a_mirror_cost_a_second_request_and_nothing_else() {
+    let sizes: Vec<usize> = (0..60).map(|i| 1000 + i * 1000).collect();
+    let bench = Bench::new(sample(zstd(), &sizes));
+    // All of them, the chunk table's included.
+    bench.set_fault(1, Fault::LyingMirror);
+    bench.check(0..bench.size()).unwrap();
+    assert!(bench.blob.is_complete());
+    let distrusted = bench.backend.distrusted.load(Ordering::Relaxed);
+    assert!(distrusted > 1, "{distrusted}");
+    let failures = bench
+        .cache
+        .metrics()
+        .verify_failures
+        .load(Ordering::Relaxed);
+    assert!(failures > 0);
 }
 
 #[test]

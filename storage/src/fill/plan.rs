@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::backend::Priority;
+use crate::backend::{Backend, Priority};
 use crate::chunk::{Chunk, Encoding};
 use crate::format::FormatError;
 use crate::format::chunk_table::ChunkTable;
@@ -16,15 +16,6 @@ use crate::units::ChunkIndex;
 /// Largest gap between two pieces that is fetched along rather than paid for with
 /// another request, in bytes: about what a slow link carries in one round trip.
 const MAX_GAP: u64 = 64 << 10;
-
-/// The largest gap of a request that is made for this reason: nobody saves time by
-/// prefetching what lies in a gap, which may be on its way to somebody else.
-pub(crate) fn gap(priority: Priority) -> u64 {
-    match priority {
-        Priority::OnDemand => MAX_GAP,
-        Priority::Speculation | Priority::Prefetch => 0,
-    }
-}
 
 /// Longest joined request in bytes. A longer one would hold up other readers of
 /// its chunks without saving anything.
@@ -176,18 +167,49 @@ pub(crate) fn memory(pieces: &[Piece]) -> u64 {
     request.saturating_add(pieces.iter().map(decoded).max().unwrap_or(0))
 }
 
-/// Whether a piece at `next` is fetched by the same request as what is in `unit`.
-pub(crate) fn joins(unit: &Range<u64>, next: &Range<u64>, gap: u64) -> bool {
-    let end = unit.end.max(next.end);
-    next.start >= unit.start
-        && next.start <= unit.end.saturating_add(gap)
-        && end.saturating_sub(unit.start) <= MAX_UNIT
+/// What decides which pieces are fetched by one request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Joining {
+    /// Largest gap between two pieces, in bytes.
+    pub(crate) gap: u64,
+    /// No two pieces are joined across a multiple of this many bytes: whoever delivers
+    /// moves so many at a time.
+    pub(crate) grain: Option<u64>,
+}
+
+impl Joining {
+    /// How requests for this reason are joined.
+    pub(crate) fn of(priority: Priority, backend: &dyn Backend) -> Self {
+        let grain = || backend.grain().filter(|grain| *grain > 0);
+        match priority {
+            Priority::OnDemand => Self {
+                gap: MAX_GAP,
+                grain: None,
+            },
+            // Nobody saves time by prefetching what lies in a gap, which may be on its
+            // way to somebody else.
+            Priority::Speculation | Priority::Prefetch => Self {
+                gap: 0,
+                grain: grain(),
+            },
+        }
+    }
+
+    /// Whether a piece at `next` is fetched by the same request as what is in `unit`.
+    pub(crate) fn joins(self, unit: &Range<u64>, next: &Range<u64>) -> bool {
+        let end = unit.end.max(next.end);
+        let same = |grain: u64| unit.start / grain == end.saturating_sub(1) / grain;
+        next.start >= unit.start
+            && next.start <= unit.end.saturating_add(self.gap)
+            && end.saturating_sub(unit.start) <= MAX_UNIT
+            && self.grain.is_none_or(same)
+    }
 }
 
 /// Splits pieces, in the order of their chunks, into requests.
 pub(crate) fn units<T>(
     pieces: Vec<T>,
-    gap: u64,
+    joining: Joining,
     stored: impl Fn(&T) -> &Range<u64>,
 ) -> Vec<(Range<u64>, Vec<T>)> {
     let mut units: Vec<(Range<u64>, Vec<T>)> = Vec::new();
@@ -196,7 +218,7 @@ pub(crate) fn units<T>(
         match units.last_mut() {
             // Bytes are dropped once used, so starts must not go back.
             Some((unit, members))
-                if joins(unit, &range, gap)
+                if joining.joins(unit, &range)
                     && members
                         .last()
                         .is_some_and(|last| stored(last).start <= range.start) =>
@@ -218,14 +240,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn units_keep_order_and_limits(gaps in prop::collection::vec((0..200_000_u64, 1..3_000_000_u64), 1..40)) {
+        fn units_keep_order_and_limits(
+            gaps in prop::collection::vec((0..200_000_u64, 1..3_000_000_u64), 1..40),
+            grain in prop::option::of(1 << 20..5_u64 << 20),
+        ) {
+            let joining = Joining { gap: MAX_GAP, grain };
             let mut at = 0;
             let pieces: Vec<_> = gaps.iter().map(|(gap, len)| {
                 let start = at + gap;
                 at = start + len;
                 start..at
             }).collect();
-            let units = units(pieces.clone(), MAX_GAP, |range| range);
+            let units = units(pieces.clone(), joining, |range| range);
             let flat: Vec<_> = units.iter().flat_map(|(_, members)| members.clone()).collect();
             prop_assert_eq!(&flat, &pieces);
             for (range, members) in &units {
@@ -233,18 +259,24 @@ mod tests {
                 prop_assert_eq!(range.start, members[0].start);
                 prop_assert_eq!(range.end, members[members.len() - 1].end);
                 prop_assert!(members.windows(2).all(|two| two[1].start - two[0].end <= MAX_GAP));
+                let whole = |grain: u64| range.start / grain == (range.end - 1) / grain;
+                prop_assert!(members.len() == 1 || grain.is_none_or(whole));
             }
             // Greedy: two neighbours that could be one unit are one.
             for two in units.windows(2) {
-                prop_assert!(!joins(&two[0].0, &two[1].1[0], MAX_GAP));
+                prop_assert!(!joining.joins(&two[0].0, &two[1].1[0]));
             }
         }
     }
 
     #[test]
     fn pieces_out_of_order_are_not_joined() {
-        assert!(!joins(&(100..200), &(50..60), MAX_GAP));
-        assert!(joins(&(100..200), &(150..180), MAX_GAP));
-        assert!(!joins(&(0..10), &(u64::MAX - 1..u64::MAX), MAX_GAP));
+        let joining = Joining {
+            gap: MAX_GAP,
+            grain: None,
+        };
+        assert!(!joining.joins(&(100..200), &(50..60)));
+        assert!(joining.joins(&(100..200), &(150..180)));
+        assert!(!joining.joins(&(0..10), &(u64::MAX - 1..u64::MAX)));
     }
 }

@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::flight::{Claim, Outcome};
 use super::plan::{Decode, Member, Piece};
 use super::{Filler, Request};
-use crate::backend::Stop;
+use crate::backend::{ServedBy, Stop};
 use crate::codec::{self, CodecError, as_u64};
 use crate::error::ReadError;
 use crate::sync::{Arc, Ordering};
@@ -72,11 +72,21 @@ pub(super) struct Unpacker<'f, 'a> {
     /// Decoded bytes; kept between jobs so that it is not cleared for each.
     scratch: Vec<u8>,
     pub(super) received: u64,
+    /// Jobs whose bytes are wrong, and came from somebody else than the source itself.
+    pub(super) doubtful: Vec<(Job<'a>, ReadError)>,
+    /// Whether the source itself is asked: then wrong bytes are an error.
+    direct: bool,
 }
 
 impl<'f, 'a> Unpacker<'f, 'a> {
     /// * `at`: position of the first byte that will arrive.
-    pub(super) fn new(filler: &'f Filler<'a>, jobs: VecDeque<Job<'a>>, at: u64) -> Self {
+    /// * `direct`: whether the source itself is asked.
+    pub(super) fn new(
+        filler: &'f Filler<'a>,
+        jobs: VecDeque<Job<'a>>,
+        at: u64,
+        direct: bool,
+    ) -> Self {
         Self {
             filler,
             jobs,
@@ -84,11 +94,18 @@ impl<'f, 'a> Unpacker<'f, 'a> {
             at,
             scratch: Vec::new(),
             received: 0,
+            doubtful: Vec::new(),
+            direct,
         }
     }
 
     /// Takes the next bytes.
-    pub(super) fn feed(&mut self, bytes: &[u8], request: &mut Request<'_>) -> Result<(), Stop> {
+    pub(super) fn feed(
+        &mut self,
+        bytes: &[u8],
+        served_by: &ServedBy,
+        request: &mut Request<'_>,
+    ) -> Result<(), Stop> {
         if self.filler.state.stopped.load(Ordering::Relaxed) {
             return Err(Stop);
         }
@@ -101,7 +118,10 @@ impl<'f, 'a> Unpacker<'f, 'a> {
             };
             match self.window.get(..window_len(&job.stored)) {
                 Some(stored) if self.at == job.stored.start => {
-                    self.filler.unpack(job, stored, &mut self.scratch, request);
+                    let doubtful = !self.direct && served_by.is_second_hand();
+                    let wrong = doubtful.then_some(&mut self.doubtful);
+                    self.filler
+                        .unpack(job, stored, &mut self.scratch, (request, wrong));
                 }
                 _ => {
                     self.jobs.push_front(job);
@@ -122,22 +142,41 @@ impl<'f, 'a> Unpacker<'f, 'a> {
     }
 }
 
+fn first_error(checked: &Result<Vec<Result<&[u8], ReadError>>, ReadError>) -> Option<ReadError> {
+    match checked {
+        Ok(chunks) => chunks
+            .iter()
+            .find_map(|chunk| chunk.as_ref().err().cloned()),
+        Err(error) => Some(error.clone()),
+    }
+}
+
 fn window_len(stored: &Range<u64>) -> usize {
     usize::try_from(stored.end.saturating_sub(stored.start)).unwrap_or(usize::MAX)
 }
 
 impl<'a> Filler<'a> {
     /// Decodes a job and publishes its chunks.
+    ///
+    /// * `wrong`: where a job goes that does not hold what it should, if there is
+    ///   somebody better to ask.
     fn unpack(
         &self,
         job: Job<'a>,
         stored: &[u8],
         scratch: &mut Vec<u8>,
-        request: &mut Request<'_>,
+        (request, wrong): (&mut Request<'_>, Option<&mut Vec<(Job<'a>, ReadError)>>),
     ) {
         let checked = self
             .cores
             .run(|| self.decode_and_verify(&job, stored, scratch));
+        if let Some(wrong) = wrong
+            && let Some(error) = first_error(&checked)
+        {
+            super::add(&self.metrics.verify_failures, 1);
+            wrong.push((job, error));
+            return;
+        }
         let checked = match checked {
             Ok(checked) => checked,
             Err(error) => {

@@ -91,6 +91,8 @@ fn fetch(backend: &HttpProxyBackend, range: Range<u64>) -> Result<Vec<u8>, Backe
         range,
         priority: Priority::OnDemand,
         served_by: None,
+        direct: false,
+        blob_len: None,
     };
     fetch_to_vec(backend, &request, 1 << 20)
 }

@@ -81,7 +81,10 @@ pub(in crate::backend) fn body(
     asked: &Range<u64>,
     max_skip: u64,
 ) -> Result<Body, Failure> {
-    if answer.status() == StatusCode::PARTIAL_CONTENT {
+    // Older agents of Dragonfly send parts with 200.
+    if answer.status() == StatusCode::PARTIAL_CONTENT
+        || answer.headers().contains_key(CONTENT_RANGE)
+    {
         return partial(url, answer, asked);
     }
     // The whole blob: the server ignores ranges.
@@ -142,9 +145,11 @@ fn partial(url: &Url, answer: &Response, asked: &Range<u64>) -> Result<Body, Fai
 
 /// Length of the whole blob, from the answer to a HEAD or to a ranged GET.
 pub(in crate::backend) fn total_size(answer: &Response) -> Option<u64> {
+    if let Some(text) = answer.headers().get(CONTENT_RANGE) {
+        return parse_content_range(text.to_str().ok()?)?.1;
+    }
     if answer.status() == StatusCode::PARTIAL_CONTENT {
-        let text = answer.headers().get(CONTENT_RANGE)?.to_str().ok()?;
-        return parse_content_range(text)?.1;
+        return None;
     }
     header_number(answer, CONTENT_LENGTH.as_str())
 }

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::auth::{CredentialProvider, Credentials};
+use super::dragonfly::Dragonfly;
+use super::fallback::Fallback;
 use super::retry::RetryLimits;
 use crate::sync::Arc;
 
@@ -84,6 +86,31 @@ pub struct Mirror {
     /// that forwards them needs. Never done without TLS if the registry has it,
     /// except to this machine itself.
     pub share_credentials: bool,
+    /// How the mirror is told which registry is meant.
+    pub upstream: Upstream,
+    /// It is an agent of a Dragonfly network.
+    pub dragonfly: Option<Dragonfly>,
+    /// Longest waits for a connection and for the headers of an answer, where they
+    /// differ from the registry's.
+    pub connect_timeout: Option<Duration>,
+    /// The same.
+    pub first_byte_timeout: Option<Duration>,
+}
+
+/// How a mirror is told which registry is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Upstream {
+    /// Not at all, or by a header in [`Mirror::headers`].
+    #[default]
+    Fixed,
+    /// By the query `ns=HOST`, as containerd does.
+    Query,
+    /// The mirror is a forward proxy: requests name the registry themselves. `plain`
+    /// makes them plain HTTP even if the registry has TLS, which the proxy then adds.
+    Proxy {
+        /// Whether to do that.
+        plain: bool,
+    },
 }
 
 impl Mirror {
@@ -99,6 +126,10 @@ impl Mirror {
             skip_verify: false,
             ca_files: Vec::new(),
             share_credentials: true,
+            upstream: Upstream::default(),
+            dragonfly: None,
+            connect_timeout: None,
+            first_byte_timeout: None,
         }
     }
 }
@@ -114,6 +145,10 @@ impl fmt::Debug for Mirror {
             .field("skip_verify", &self.skip_verify)
             .field("ca_files", &self.ca_files)
             .field("share_credentials", &self.share_credentials)
+            .field("upstream", &self.upstream)
+            .field("dragonfly", &self.dragonfly)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("first_byte_timeout", &self.first_byte_timeout)
             .finish()
     }
 }
@@ -147,6 +182,8 @@ pub struct RegistryConfig {
     pub headers: Vec<(String, String)>,
     /// Tried in this order before the registry itself.
     pub mirrors: Vec<Mirror>,
+    /// What may be asked of the registry itself when no mirror delivers.
+    pub fallback: Fallback,
     /// Replaces the host (with optional port) of every redirect.
     pub redirect_host: Option<String>,
     /// Replaces the scheme of every redirect.
@@ -170,6 +207,7 @@ impl RegistryConfig {
             skip_verify: false,
             headers: Vec::new(),
             mirrors: Vec::new(),
+            fallback: Fallback::default(),
             redirect_host: None,
             redirect_scheme: None,
         }
@@ -191,6 +229,7 @@ impl fmt::Debug for RegistryConfig {
             .field("skip_verify", &self.skip_verify)
             .field("headers", &names(&self.headers))
             .field("mirrors", &self.mirrors)
+            .field("fallback", &self.fallback)
             .field("redirect_host", &self.redirect_host)
             .field("redirect_scheme", &self.redirect_scheme)
             .finish()

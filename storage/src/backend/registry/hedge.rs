@@ -8,8 +8,9 @@
 //! is kept, and the other one ends.
 //!
 //! Promises: no byte is delivered twice; a hedge is made for readers only, one per
-//! attempt, and on the whole for at most one request in [`SHARE`]; if one of the two
-//! fails the other one goes on.
+//! attempt, and on the whole for at most one request in [`SHARE`], unless the source has
+//! another measure or the first server turns out to be dead; if one of the two fails the
+//! other one goes on.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -22,11 +23,11 @@ use tokio::time::Instant;
 use super::retry::Failure;
 use super::transfer::Source;
 use crate::backend::bridge::Output;
-use crate::backend::{BackendError, ServedBy};
+use crate::backend::{BackendError, Fetch, Priority, ServedBy};
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
 use crate::metrics::add;
-use crate::sync::{Arc, AtomicUsize, Mutex, OnceLock, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Mutex, Ordering, lock};
 
 /// Latencies that are remembered.
 const SAMPLES: usize = 128;
@@ -36,7 +37,7 @@ const ENOUGH: usize = 20;
 
 /// The least and, as long as nothing is known, the usual time for a first byte.
 const FLOOR: Duration = Duration::from_millis(50);
-const UNKNOWN: Duration = Duration::from_secs(1);
+pub(super) const UNKNOWN: Duration = Duration::from_secs(1);
 
 /// An answer this many times slower than half of them is slow, however many are.
 const TIMES_MEDIAN: u32 = 4;
@@ -56,17 +57,49 @@ const ADVANCE: u32 = 2;
 /// Pieces of a body that wait to be passed on.
 const PIECES: usize = 2;
 
+/// Why bytes are wanted, and how.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::backend) struct Manner {
+    pub(super) priority: Priority,
+    /// Of the last server only.
+    pub(super) direct: bool,
+    pub(super) blob_len: Option<u64>,
+}
+
+impl Manner {
+    pub(in crate::backend) fn of(request: &Fetch<'_>) -> Self {
+        Self {
+            priority: request.priority,
+            direct: request.direct,
+            blob_len: request.blob_len,
+        }
+    }
+}
+
 /// Which of several servers to ask: they are numbered in the order of preference.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::backend) struct Route {
+    pub(super) manner: Manner,
     skip: usize,
     asked: AtomicUsize,
+    /// Another request was faster: the servers beyond the one that is asked would be
+    /// asked for nobody.
+    abandoned: AtomicBool,
 }
 
 impl Route {
+    pub(super) fn new(manner: Manner) -> Self {
+        Self {
+            manner,
+            skip: 0,
+            asked: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+        }
+    }
+
     /// Whether server `number` may be asked; it is the one then.
     pub(super) fn takes(&self, number: usize) -> bool {
-        let takes = number >= self.skip;
+        let takes = number >= self.skip && !self.abandoned.load(Ordering::Relaxed);
         if takes {
             self.asked.store(number, Ordering::Relaxed);
         }
@@ -78,11 +111,16 @@ impl Route {
         self.asked.load(Ordering::Relaxed)
     }
 
+    /// Whether it begins beyond the first server, as a second request does.
+    pub(super) fn is_second(&self) -> bool {
+        self.skip > 0
+    }
+
     /// To the servers after the one that `other` leads to.
     fn beyond(other: &Self) -> Self {
         Self {
             skip: other.asked() + 1,
-            ..Self::default()
+            ..Self::new(other.manner)
         }
     }
 }
@@ -120,13 +158,15 @@ impl Latency {
     }
 
     /// How long a first byte may take.
-    fn patience(&self) -> Duration {
+    ///
+    /// * `unknown`: the answer as long as there were few.
+    pub(super) fn patience(&self, unknown: Duration) -> Duration {
         let known = lock(&self.0);
         let (mut recent, count) = (known.recent, known.count.min(SAMPLES));
         drop(known);
         let recent = recent.get_mut(..count).unwrap_or_default();
         if count < ENOUGH {
-            return UNKNOWN;
+            return unknown;
         }
         recent.sort_unstable();
         let at = |percent: usize| recent.get(count * percent / 100).copied();
@@ -141,7 +181,7 @@ impl Latency {
     }
 
     /// Whether another hedge may be made; it is counted then.
-    fn spend(&self) -> bool {
+    pub(super) fn spend(&self) -> bool {
         let mut known = lock(&self.0);
         let rest = known.credit.checked_sub(SHARE);
         known.credit = rest.unwrap_or(known.credit);
@@ -150,31 +190,34 @@ impl Latency {
 }
 
 /// One of two requests for the same bytes.
-struct Lane<'a> {
-    route: &'a Route,
+struct Lane {
+    route: Arc<Route>,
     began: Instant,
-    work: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + 'a>>,
+    work: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send>>,
     pieces: mpsc::Receiver<Result<Bytes, BackendError>>,
     served_by: Arc<ServedBy>,
     result: Option<Result<(), Failure>>,
 }
 
-impl<'a> Lane<'a> {
+impl Lane {
     fn new<S: Source>(
-        source: &'a S,
-        blob: &'a BlobId,
+        source: &Arc<S>,
+        blob: &BlobId,
         range: std::ops::Range<u64>,
-        route: &'a Route,
+        route: Route,
     ) -> Self {
         let (sender, pieces) = mpsc::channel(PIECES);
         let out = Output::new(sender);
+        let (source, blob, route) = (Arc::clone(source), blob.clone(), Arc::new(route));
         Self {
             served_by: Arc::clone(out.served_by()),
-            route,
+            route: Arc::clone(&route),
             began: Instant::now(),
             work: Box::pin(async move {
                 let mut at = range.start;
-                source.attempt(blob, &mut at, range.end, route, &out).await
+                source
+                    .attempt(&blob, &mut at, range.end, &route, &out)
+                    .await
             }),
             pieces,
             result: None,
@@ -194,35 +237,51 @@ impl<'a> Lane<'a> {
         // The sender ended with the work: this does not wait.
         self.pieces.recv().await?.ok()
     }
+
+    /// Goes on with nobody waiting for it.
+    fn finish(mut self, limit: Duration) {
+        self.route.abandoned.store(true, Ordering::Relaxed);
+        tokio::spawn(tokio::time::timeout(limit, async move {
+            while self.next().await.is_some() {}
+        }));
+    }
 }
 
 /// One attempt, hedged. `at` moves past what was delivered, also on error.
-pub(super) async fn attempt(
-    source: &impl Source,
+pub(super) async fn attempt<S: Source>(
+    source: &Arc<S>,
     blob: &BlobId,
     at: &mut u64,
     end: u64,
-    out: &Output,
+    (route, out): (Route, &Output),
 ) -> Result<(), Failure> {
-    let (latency, (_, _, metrics)) = (source.latency(), source.limits());
+    let (latency, (_, timeouts, metrics)) = (source.latency(), source.limits());
     latency.earn();
-    let (start, route, other_route) = (*at, Route::default(), OnceLock::new());
-    let mut lane = Lane::new(source, blob, *at..end, &route);
-    let mut rival: Option<Lane<'_>> = None;
+    let start = *at;
+    let mut lane = Lane::new(source, blob, *at..end, route);
+    let mut rival: Option<Lane> = None;
     let mut silent_since = lane.began;
     let mut hedged = false;
-    let patience = latency.patience();
+    let patience = source.patience();
     loop {
         let limit = if *at == start {
             patience
         } else {
             patience.max(STALL)
         };
+        let alone = rival.is_none();
         let rival_next = async {
             match &mut rival {
                 Some(rival) => rival.next().await,
                 None => std::future::pending().await,
             }
+        };
+        let route = Arc::clone(&lane.route);
+        let asks = |reason: &str| {
+            add(&metrics.hedges, 1);
+            let after = silent_since.elapsed();
+            tracing::debug!(%blob, at = *at, ?after, reason, "asking again");
+            Lane::new(source, blob, *at..end, Route::beyond(&route))
         };
         let piece = tokio::select! {
             biased;
@@ -247,8 +306,10 @@ pub(super) async fn attempt(
                     add(&metrics.hedges_won, 1);
                     // It takes that long at least.
                     latency.observe(lane.began.elapsed());
-                    source.lost(lane.route);
-                    lane = winner;
+                    let loser = std::mem::replace(&mut lane, winner);
+                    if source.lost(blob, &loser.route) {
+                        loser.finish(timeouts.total);
+                    }
                     piece
                 }
                 // Failed: the first one goes on alone.
@@ -256,19 +317,22 @@ pub(super) async fn attempt(
             },
             () = tokio::time::sleep_until(silent_since + limit), if !hedged => {
                 hedged = true;
-                if latency.spend() {
-                    add(&metrics.hedges, 1);
-                    tracing::debug!(%blob, at = *at, after = ?silent_since.elapsed(), "asking again");
-                    let other = other_route.get_or_init(|| Route::beyond(&route));
-                    rival = Some(Lane::new(source, blob, *at..end, other));
+                if source.may_hedge(&route, end - *at) {
+                    rival = Some(asks("it takes long"));
                 }
+                continue;
+            }
+            // Whatever hedges may cost: nothing else brings these bytes soon.
+            () = source.hopeless(&route), if alone => {
+                hedged = true;
+                rival = Some(asks("the server is left alone"));
                 continue;
             }
         };
         if *at == start {
             latency.observe(lane.began.elapsed());
         }
-        out.comes_from(&lane.served_by.host());
+        out.comes_from(&lane.served_by);
         *at += as_u64(piece.len());
         if out.send(Ok(piece)).await.is_err() {
             return Err(Failure::never(BackendError::Stopped));
@@ -287,18 +351,18 @@ mod tests {
         for _ in 0..ENOUGH - 1 {
             latency.observe(Duration::from_millis(100));
         }
-        assert_eq!(latency.patience(), UNKNOWN);
+        assert_eq!(latency.patience(UNKNOWN), UNKNOWN);
         (0..100).for_each(|n| latency.observe(Duration::from_millis(100 + n)));
-        let patience = latency.patience();
+        let patience = latency.patience(UNKNOWN);
         assert!((190..200).contains(&patience.as_millis()), "{patience:?}");
         // A third of all answers hangs: what is usual is still what the others take.
         for number in 0..300 {
             let slow = number % 3 == 0;
             latency.observe(Duration::from_millis(if slow { 9000 } else { 100 }));
         }
-        assert_eq!(latency.patience(), Duration::from_millis(400));
+        assert_eq!(latency.patience(UNKNOWN), Duration::from_millis(400));
         (0..SAMPLES).for_each(|_| latency.observe(Duration::from_micros(300)));
-        assert_eq!(latency.patience(), FLOOR);
+        assert_eq!(latency.patience(UNKNOWN), FLOOR);
     }
 
     #[test]

@@ -6,14 +6,18 @@
 
 use std::ops::Range;
 
-use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, LOCATION, RANGE};
+use reqwest::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE,
+};
 use reqwest::{Method, Response, StatusCode};
 use url::Url;
 
 use super::Client;
 use super::answer::{public_name, sanitise, status_error, timed_out, transport};
 use super::auth::denied;
+use super::dragonfly::{self, AgentFault};
 use super::endpoint::Endpoint;
+use super::hedge::Manner;
 use super::retry::{Again, Failure};
 use crate::backend::BackendError;
 use crate::blob_id::BlobId;
@@ -29,16 +33,23 @@ const MAX_CHALLENGES: u32 = 3;
 /// Most bytes of an answer that nobody wants.
 const MAX_GREETING: usize = 64 << 10;
 
+/// What a request says to the server itself.
+struct Asked<'a> {
+    method: &'a Method,
+    range: &'a Range<u64>,
+    headers: HeaderMap,
+}
+
 impl Client {
     /// Sends a request for a blob and returns the answer (200 or 206) and its URL.
     ///
-    /// * `range`: bytes of the blob, never empty.
+    /// * `range`: bytes of the blob, never empty, and why they are wanted.
     pub(super) async fn open(
         &self,
         endpoint: &Endpoint,
         method: &Method,
         blob: &BlobId,
-        range: Range<u64>,
+        (range, manner): (Range<u64>, Manner),
     ) -> Result<(Url, Response), Failure> {
         // A signed URL is good for one method only.
         if method == Method::GET
@@ -50,7 +61,12 @@ impl Client {
             }
         }
         let home = endpoint.blob_url(blob).map_err(Failure::never)?;
-        let (url, answer) = self.open_at(endpoint, method, home.clone(), &range).await?;
+        let asked = Asked {
+            method,
+            range: &range,
+            headers: endpoint.headers_for(blob, manner, range.start),
+        };
+        let (url, answer) = self.open_at(endpoint, home.clone(), &asked).await?;
         if method == Method::GET && url != home {
             endpoint.redirects.remember(blob, &url);
         }
@@ -65,9 +81,12 @@ impl Client {
         blob: &BlobId,
         range: &Range<u64>,
     ) -> Result<Option<Response>, Failure> {
-        let sent = self
-            .send(endpoint, &Method::GET, url, range, None, false)
-            .await;
+        let asked = Asked {
+            method: &Method::GET,
+            range,
+            headers: HeaderMap::new(),
+        };
+        let sent = self.send(endpoint, url, &asked, None, false).await;
         let answer = match sent {
             Ok(answer) => answer,
             Err(failure) => {
@@ -91,12 +110,17 @@ impl Client {
     /// Asks the first server that is well whether it is there, and answers what it
     /// demands. That leaves an open connection, and a token where one is needed.
     pub(super) async fn greet(&self) {
-        let well = |mirror: &&Endpoint| mirror.health.as_ref().is_none_or(|it| it.is_well());
-        let first = self.mirrors.iter().find(well).unwrap_or(&self.origin);
+        let first = self.mirrors.iter().find(|mirror| mirror.is_well());
+        let first = first.unwrap_or(&self.origin);
         let Ok(url) = first.base.join("/v2/") else {
             return;
         };
-        match self.open_at(first, &Method::GET, url, &(0..1)).await {
+        let asked = Asked {
+            method: &Method::GET,
+            range: &(0..1),
+            headers: first.headers.clone(),
+        };
+        match self.open_at(first, url, &asked).await {
             Ok((_, mut answer)) => {
                 // The connection is free again once the answer has been read.
                 let mut left = MAX_GREETING;
@@ -113,9 +137,8 @@ impl Client {
     async fn open_at(
         &self,
         endpoint: &Endpoint,
-        method: &Method,
         mut url: Url,
-        range: &Range<u64>,
+        asked: &Asked<'_>,
     ) -> Result<(Url, Response), Failure> {
         let (mut redirects, mut challenges) = (0, 0);
         loop {
@@ -127,8 +150,11 @@ impl Client {
                 None
             };
             let answer = self
-                .send(endpoint, method, &url, range, authorization.as_ref(), ours)
+                .send(endpoint, &url, asked, authorization.as_ref(), ours)
                 .await?;
+            if let Some(fault) = fault_of(endpoint, &answer) {
+                return Err(dragonfly::failure(&url, &answer, fault));
+            }
             match answer.status().as_u16() {
                 200 | 206 => return Ok((url, answer)),
                 301 | 302 | 303 | 307 | 308 if redirects < MAX_REDIRECTS => {
@@ -163,33 +189,43 @@ impl Client {
     async fn send(
         &self,
         endpoint: &Endpoint,
-        method: &Method,
         url: &Url,
-        range: &Range<u64>,
+        asked: &Asked<'_>,
         authorization: Option<&HeaderValue>,
         ours: bool,
     ) -> Result<Response, Failure> {
         const ACTION: &str = "sending a request";
         let http = if ours { &endpoint.http } else { &endpoint.away };
-        let mut request = http.request(method.clone(), url.clone());
+        let mut request = http.request(asked.method.clone(), url.clone());
         if ours {
-            request = request.headers(endpoint.headers.clone());
+            request = request.headers(asked.headers.clone());
         }
         if let Some(header) = authorization {
             request = request.header(AUTHORIZATION, header);
         }
-        if method == Method::GET {
-            let last = range.end.saturating_sub(1);
-            request = request.header(RANGE, format!("bytes={}-{last}", range.start));
+        if asked.method == Method::GET {
+            let (start, last) = (asked.range.start, asked.range.end.saturating_sub(1));
+            request = request.header(RANGE, format!("bytes={start}-{last}"));
         }
         // Ranges count the bytes of the blob, not of an encoding of it.
         let request = request.header(ACCEPT_ENCODING, "identity");
-        let limit = self.timeouts.connect + self.timeouts.read;
+        let limit = endpoint.patience;
         match tokio::time::timeout(limit, request.send()).await {
             Ok(result) => result.map_err(|error| transport(url, ACTION, error)),
             Err(_elapsed) => Err(timed_out(url, ACTION, limit)),
         }
     }
+}
+
+/// What an agent of Dragonfly says that went wrong; `None` if the answer can be taken as
+/// it is. A registry's demand for credentials comes through the agent unchanged.
+fn fault_of(endpoint: &Endpoint, answer: &Response) -> Option<AgentFault> {
+    endpoint.health.as_ref()?;
+    let fault = dragonfly::fault(answer)?;
+    let demand = fault == AgentFault::Registry
+        && answer.status() == StatusCode::UNAUTHORIZED
+        && answer.headers().contains_key(WWW_AUTHENTICATE);
+    (!demand).then_some(fault)
 }
 
 fn redirect_target(endpoint: &Endpoint, from: &Url, answer: &Response) -> Result<Url, Failure> {

@@ -1,4 +1,5 @@
 mod credentials;
+mod dragonfly;
 mod mirrors;
 mod server;
 
@@ -46,6 +47,8 @@ fn fetch(backend: &RegistryBackend, range: std::ops::Range<u64>) -> Result<Vec<u
         range,
         priority: Priority::OnDemand,
         served_by: None,
+        direct: false,
+        blob_len: None,
     };
     fetch_to_vec(backend, &request, 1 << 30)
 }
@@ -497,6 +500,8 @@ fn the_receiver_may_stop() {
         range: 0..300_000,
         priority: Priority::Prefetch,
         served_by: None,
+        direct: false,
+        blob_len: None,
     };
     let mut pieces = 0;
     let result = backend.fetch(&request, &mut |_| {
@@ -570,6 +575,8 @@ fn the_receiver_may_stop_while_nothing_comes() {
         range: 0..300_000,
         priority: Priority::Prefetch,
         served_by: None,
+        direct: false,
+        blob_len: None,
     };
     let start = Instant::now();
     let result = backend.fetch(&request, &mut |piece| {

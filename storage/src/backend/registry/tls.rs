@@ -18,6 +18,8 @@ pub(in crate::backend) struct Tls<'a> {
     pub(in crate::backend) ca_files: &'a [PathBuf],
     pub(in crate::backend) certificate: Option<&'a ClientCertificate>,
     pub(in crate::backend) skip_verify: bool,
+    /// All requests go through this forward proxy.
+    pub(in crate::backend) proxy: Option<&'a String>,
 }
 
 /// Builds a client that follows no redirects and repeats nothing: both are done by
@@ -36,6 +38,9 @@ pub(in crate::backend) fn http_client(
         BackendError::Config(format!("HTTP client: {cause}"))
     };
     let mut builder = builder(tls, timeouts);
+    if let Some(proxy) = tls.proxy {
+        builder = builder.proxy(reqwest::Proxy::all(proxy).map_err(failed)?);
+    }
     for path in tls.ca_files {
         let certificates = reqwest::Certificate::from_pem_bundle(&read(path)?)
             .map_err(|error| unusable(path, &answer::chain(&error)))?;
@@ -49,10 +54,12 @@ pub(in crate::backend) fn http_client(
     }
     match builder.build() {
         // A machine without certificates can use a plain registry all the same.
-        Err(_) if tls.plain && tls.ca_files.is_empty() => self::builder(tls, timeouts)
-            .tls_certs_only([])
-            .build()
-            .map_err(failed),
+        Err(_) if tls.plain && tls.ca_files.is_empty() && tls.proxy.is_none() => {
+            self::builder(tls, timeouts)
+                .tls_certs_only([])
+                .build()
+                .map_err(failed)
+        }
         result => result.map_err(failed),
     }
 }
@@ -68,7 +75,7 @@ fn builder(tls: Tls<'_>, timeouts: &Timeouts) -> reqwest::ClientBuilder {
         .tcp_keepalive(Duration::from_secs(30))
         .http2_adaptive_window(true)
         .tls_danger_accept_invalid_certs(tls.skip_verify);
-    if is_loopback(tls.host) {
+    if is_loopback(tls.host) && tls.proxy.is_none() {
         // A proxy of the environment does not reach our own loopback.
         return builder.no_proxy();
     }

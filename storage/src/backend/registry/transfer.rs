@@ -5,22 +5,19 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Buf as _;
-use reqwest::{Method, Response};
+use reqwest::Response;
 use url::Url;
 
-use super::Client;
-use super::answer::{self, Body, chain, public_name, timed_out, transport};
+use super::answer::{Body, public_name, timed_out, transport};
 use super::config::Timeouts;
-use super::endpoint::Endpoint;
-use super::health::Health;
-use super::hedge::{self, Latency, Route};
+use super::hedge::{self, Latency, Manner, Route};
 use super::retry::{Attempts, Failure, Pause, RetryLimits};
 use crate::backend::bridge::Output;
 use crate::backend::{BackendError, Priority};
 use crate::blob_id::BlobId;
 use crate::codec::as_u64;
-use crate::metrics::{Metrics, add};
-use crate::sync::{Arc, Ordering};
+use crate::metrics::Metrics;
+use crate::sync::Arc;
 
 /// Bytes per second that even a slow link carries: for each, large fetches get a
 /// second more.
@@ -64,16 +61,36 @@ pub(in crate::backend) trait Source: Send + Sync + 'static {
         false
     }
 
-    /// The server on this route was slower than another one that was asked later.
-    fn lost(&self, _route: &Route) {}
+    /// How long a reader waits for a first byte before there is a second request.
+    fn patience(&self) -> Duration {
+        self.latency().patience(hedge::UNKNOWN)
+    }
+
+    /// Whether a second request may be made for `len` bytes that did not come in time on
+    /// this route; it is counted then.
+    fn may_hedge(&self, _route: &Route, _len: u64) -> bool {
+        self.latency().spend()
+    }
+
+    /// Waits until there is no hope left for what was asked on this route.
+    fn hopeless(&self, _route: &Route) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
+
+    /// The server on this route was slower than another one that was asked later. Says
+    /// whether the request is to be brought to its end nevertheless, because what it
+    /// fetches serves others.
+    fn lost(&self, _blob: &BlobId, _route: &Route) -> bool {
+        false
+    }
 }
 
 /// Sends the bytes of `range` to `out`, in order and each once, then closes it.
-pub(in crate::backend) async fn transfer(
-    source: &impl Source,
+pub(in crate::backend) async fn transfer<S: Source>(
+    source: &Arc<S>,
     blob: &BlobId,
     range: Range<u64>,
-    priority: Priority,
+    manner: Manner,
     out: Output,
 ) {
     let len = range.end.saturating_sub(range.start);
@@ -88,10 +105,10 @@ pub(in crate::backend) async fn transfer(
                 source.pause().over(retry).await;
             }
             let before = at;
-            let result = if priority == Priority::OnDemand {
-                hedge::attempt(source, blob, &mut at, range.end, &out).await
+            let route = Route::new(manner);
+            let result = if manner.priority == Priority::OnDemand {
+                hedge::attempt(source, blob, &mut at, range.end, (route, &out)).await
             } else {
-                let route = Route::default();
                 source.attempt(blob, &mut at, range.end, &route, &out).await
             };
             if let Err(failure) = result {
@@ -115,176 +132,6 @@ pub(in crate::backend) async fn transfer(
     }
 }
 
-impl Source for Client {
-    /// Asks the mirrors that are well, in their order, then the registry.
-    async fn attempt(
-        &self,
-        blob: &BlobId,
-        at: &mut u64,
-        end: u64,
-        route: &Route,
-        out: &Output,
-    ) -> Result<(), Failure> {
-        for (number, mirror) in self.mirrors.iter().enumerate() {
-            let usable = |health: &&Arc<Health>| route.takes(number) && health.usable();
-            let Some(health) = mirror.health.as_ref().filter(usable) else {
-                continue;
-            };
-            match self.attempt_at(mirror, blob, at, end, out).await {
-                Ok(()) => {
-                    health.succeeded();
-                    return Ok(());
-                }
-                Err(failure) => self.mirror_failed(mirror, failure)?,
-            }
-        }
-        // There is nothing beyond it.
-        let _ = route.takes(self.mirrors.len());
-        self.attempt_at(&self.origin, blob, at, end, out).await
-    }
-
-    /// Length of a blob: by HEAD, or where that is refused by asking for one byte.
-    async fn size(&self, blob: &BlobId) -> Result<u64, BackendError> {
-        let mut attempts = Attempts::new(&self.retry, &self.metrics, self.timeouts.total);
-        let deadline = attempts.deadline;
-        let work = async {
-            loop {
-                let failure = match self.size_once(blob).await {
-                    Ok(size) => return Ok(size),
-                    Err(failure) => failure,
-                };
-                attempts.after(failure, false).await?;
-            }
-        };
-        match tokio::time::timeout_at(deadline, work).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(BackendError::Transport {
-                url: format!("{}sha256:{blob}", self.origin.base),
-                action: "asking for the length of a blob",
-                source: format!("no answer in {:?}", self.timeouts.total).into(),
-            }),
-        }
-    }
-
-    fn name(&self, blob: &BlobId) -> String {
-        format!("{}sha256:{blob}", self.origin.base)
-    }
-
-    fn limits(&self) -> (&RetryLimits, &Timeouts, &Metrics) {
-        (&self.retry, &self.timeouts, &self.metrics)
-    }
-
-    fn latency(&self) -> &Latency {
-        &self.latency
-    }
-
-    fn pause(&self) -> &Pause {
-        &self.pause
-    }
-
-    fn has_others(&self) -> bool {
-        let well = |mirror: &Endpoint| mirror.health.as_ref().is_some_and(|it| it.is_well());
-        self.mirrors.iter().any(well)
-    }
-
-    /// A mirror that is often slow is left alone like one that fails.
-    fn lost(&self, route: &Route) {
-        let mirror = self.mirrors.get(route.asked());
-        if let Some((mirror, health)) = mirror.and_then(|it| Some((it, it.health.as_ref()?))) {
-            health.failed(false, &mirror.http, "another source was faster");
-        }
-    }
-}
-
-impl Client {
-    /// Notes what went wrong; an error if there is no point in going on.
-    fn mirror_failed(&self, mirror: &Endpoint, failure: Failure) -> Result<(), Failure> {
-        if matches!(failure.error, BackendError::Stopped) {
-            return Err(failure);
-        }
-        add(&self.metrics.mirror_failures, 1);
-        let text = chain(&failure.error);
-        tracing::debug!("mirror: {text}; trying the next source");
-        // That it has not got the blob, or must not give it, is no sign of illness.
-        let well = matches!(
-            failure.error,
-            BackendError::Status {
-                status: 400..=428,
-                ..
-            } | BackendError::Auth { .. }
-        );
-        if let Some(health) = &mirror.health
-            && !well
-        {
-            let dead = matches!(failure.error, BackendError::Transport { .. });
-            health.failed(dead, &mirror.http, &text);
-        }
-        Ok(())
-    }
-
-    async fn attempt_at(
-        &self,
-        endpoint: &Endpoint,
-        blob: &BlobId,
-        at: &mut u64,
-        end: u64,
-        out: &Output,
-    ) -> Result<(), Failure> {
-        let asked = *at..end;
-        let (url, answer) = self
-            .open(endpoint, &Method::GET, blob, asked.clone())
-            .await?;
-        let body = answer::body(&url, &answer, &asked, endpoint.max_skip)?;
-        if body.skip > 0 && !endpoint.ignores_ranges.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                "{} ignores ranges: everything before a range is read and thrown away",
-                endpoint.base.host_str().unwrap_or_default()
-            );
-        }
-        add(&self.metrics.bytes_skipped, body.skip);
-        stream(self.timeouts.read, &url, answer, body, at, out).await
-    }
-
-    async fn size_once(&self, blob: &BlobId) -> Result<u64, Failure> {
-        for mirror in &self.mirrors {
-            if mirror.health.as_ref().is_some_and(|health| health.usable()) {
-                match self.size_at(mirror, blob).await {
-                    Ok(size) => return Ok(size),
-                    Err(failure) => self.mirror_failed(mirror, failure)?,
-                }
-            }
-        }
-        self.size_at(&self.origin, blob).await
-    }
-
-    async fn size_at(&self, endpoint: &Endpoint, blob: &BlobId) -> Result<u64, Failure> {
-        if !endpoint.refuses_head.load(Ordering::Relaxed) {
-            let refused = match self.open(endpoint, &Method::HEAD, blob, 0..0).await {
-                Ok((_, answer)) => match answer::total_size(&answer) {
-                    Some(size) => return Ok(size),
-                    None => true,
-                },
-                Err(failure) => matches!(
-                    failure.error,
-                    BackendError::Status {
-                        status: 403 | 405 | 501,
-                        ..
-                    }
-                ),
-            };
-            endpoint.refuses_head.store(refused, Ordering::Relaxed);
-        }
-        let (url, answer) = self.open(endpoint, &Method::GET, blob, 0..1).await?;
-        answer::total_size(&answer).ok_or_else(|| {
-            Failure::never(BackendError::WrongRange {
-                url: public_name(&url),
-                asked: 0..1,
-                sent: "an answer that does not tell the length of the blob".to_owned(),
-            })
-        })
-    }
-}
-
 /// Sends the wanted part of a body to `out`. `at` moves past what was delivered,
 /// also on error.
 ///
@@ -300,7 +147,7 @@ pub(in crate::backend) async fn stream(
     const ACTION: &str = "reading the body of an answer";
     let (start, end) = (*at, at.saturating_add(body.len));
     let mut skip = body.skip;
-    out.comes_from(url.host_str().unwrap_or_default());
+    out.served_by().set(url.host_str().unwrap_or_default());
     while *at < end {
         let piece = match tokio::time::timeout(limit, answer.chunk()).await {
             Ok(piece) => piece.map_err(|error| transport(url, ACTION, error))?,

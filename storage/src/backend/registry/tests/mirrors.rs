@@ -206,6 +206,8 @@ fn what_nobody_waits_for_is_not_hedged() {
         range: 0..10,
         priority: Priority::Prefetch,
         served_by: None,
+        direct: false,
+        blob_len: None,
     };
     let start = Instant::now();
     fetch_to_vec(&backend, &request, 10).unwrap();
