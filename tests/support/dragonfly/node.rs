@@ -82,25 +82,23 @@ impl Image {
 
     /// The configuration of a `nydusd` that reads it by `route`.
     fn configuration(&self, route: &Route, cache: &Path) -> Value {
-        let mut headers = json!({"X-Dragonfly-Registry": self.origin()});
-        if matches!(route, Route::Dragonfly(_)) {
-            headers["X-Dragonfly-Scheduling-Policy"] = json!("always");
+        let ping = format!("http://127.0.0.1:{HEALTH_PORT}/healthy");
+        let mut endpoints = Vec::new();
+        let mut mirrors = Vec::new();
+        match route {
+            Route::Direct => {}
+            Route::Dragonfly(url) => {
+                endpoints.push(json!({"url": url, "ping_url": ping, "check_interval": 1}));
+            }
+            Route::Seed(url) => endpoints.push(json!({"url": url, "seed": true})),
+            Route::DragonflyAsIs(url) => mirrors.push(json!({
+                "host": url,
+                "headers": {"X-Dragonfly-Registry": self.origin()},
+                "ping_url": ping,
+                "health_check_interval": 1,
+            })),
+            Route::Mirror(url) => mirrors.push(json!({"host": url})),
         }
-        let mirrors = match route {
-            Route::Direct => Vec::new(),
-            Route::Mirror(url) => vec![json!({"host": url})],
-            // Twice: a second request for what takes long goes to the next mirror, and would
-            // else go to the registry, which the first one is to spare.
-            Route::Dragonfly(url) | Route::DragonflyAsIs(url) => vec![
-                json!({
-                    "host": url,
-                    "headers": headers,
-                    "ping_url": format!("http://127.0.0.1:{HEALTH_PORT}/healthy"),
-                    "health_check_interval": 1,
-                });
-                2
-            ],
-        };
         json!({
             "version": 2,
             "id": self.repository,
@@ -110,6 +108,7 @@ impl Image {
                 "repo": self.repository,
                 "mirrors": mirrors,
             }},
+            "p2p": {"fallback": "always", "endpoint": endpoints},
             "cache": {"type": "filecache", "filecache": {"work_dir": cache}},
             "rafs": {"mode": "direct"},
         })
@@ -123,6 +122,8 @@ pub enum Route {
     Direct,
     /// Through an agent at this URL, asked so that ranges travel from peer to peer.
     Dragonfly(String),
+    /// Through a seed at this URL.
+    Seed(String),
     /// Through an agent at this URL, asked as any client of a mirror would.
     DragonflyAsIs(String),
     /// Through a mirror that is no agent, at this URL.
