@@ -222,9 +222,13 @@ fn seed_killed(stage: &mut Stage) {
     stage.expect_recovery(load);
 }
 
-/// What a node's peers have must come without the origin.
+/// What peers have must come without the origin. A node's own agent wants to hear from the
+/// origin how long a blob is before it asks anybody for a piece; the seed knows.
 fn origin_down(stage: &mut Stage) {
-    let load = stage.load_through_agents("the origin is away");
+    let seed = stage.cluster.seed.as_ref().unwrap();
+    let route = Route::dragonfly_and_seed(seed.machine());
+    let routes = vec![route; stage.cluster.nodes.len()];
+    let load = stage.load("the origin is away", &routes);
     // Two nodes have the next part; the third must get it from them.
     for mounted in &load.mounts[..2] {
         compare(&load.image.source, mounted.point(), DURING).unwrap();

@@ -90,6 +90,10 @@ impl Image {
             Route::Dragonfly(url) => {
                 endpoints.push(json!({"url": url, "ping_url": ping, "check_interval": 1}));
             }
+            Route::DragonflyAndSeed(url, seed) => {
+                endpoints.push(json!({"url": url, "ping_url": ping, "check_interval": 1}));
+                endpoints.push(json!({"url": seed, "seed": true, "tasks": "window"}));
+            }
             Route::Seed(url) => endpoints.push(json!({"url": url, "seed": true})),
             Route::DragonflyAsIs(url) => mirrors.push(json!({
                 "host": url,
@@ -122,6 +126,8 @@ pub enum Route {
     Direct,
     /// Through an agent at this URL, asked so that ranges travel from peer to peer.
     Dragonfly(String),
+    /// The same, and where that fails, through a seed at the other URL.
+    DragonflyAndSeed(String, String),
     /// Through a seed at this URL.
     Seed(String),
     /// Through an agent at this URL, asked as any client of a mirror would.
@@ -135,6 +141,13 @@ impl Route {
     #[must_use]
     pub fn dragonfly() -> Self {
         Self::Dragonfly(format!("http://127.0.0.1:{PROXY_PORT}"))
+    }
+
+    /// The same, and where that fails, through the seed on this machine.
+    #[must_use]
+    pub fn dragonfly_and_seed(seed: &Machine) -> Self {
+        let seed = format!("http://{}:{PROXY_PORT}", seed.address());
+        Self::DragonflyAndSeed(format!("http://127.0.0.1:{PROXY_PORT}"), seed)
     }
 
     /// Through the node's own agent, asked as any client of a mirror would.
