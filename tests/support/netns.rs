@@ -163,6 +163,10 @@ impl Machine {
         self.namespace
             .ip(&["address", "add", &address, "dev", LINK])?;
         self.namespace.ip(&["link", "set", LINK, "up"])?;
+        // A server that is killed and started again wants its port back at once, also if
+        // it does not say so (SO_REUSEADDR).
+        let forget = "echo 0 >/proc/sys/net/ipv4/tcp_max_tw_buckets";
+        self.namespace.run("sh", &["-c", forget])?;
         Ok(())
     }
 

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
@@ -19,6 +21,9 @@ pub const PROXY_PORT: u16 = 4001;
 const METRICS_PORT: u16 = 4002;
 /// Where it says that it runs.
 pub const HEALTH_PORT: u16 = 4003;
+
+/// How long ports may take to be free.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// What an agent is started with.
 pub(super) struct Setup<'s> {
@@ -136,13 +141,22 @@ impl Agent {
         })
     }
 
-    /// Starts it after it was killed, and waits until it serves.
+    /// Starts it after it was killed, and waits until it serves. As a supervisor would,
+    /// again while its ports are not yet free.
     ///
     /// # Errors
     /// It does not start.
     pub fn start_again(&mut self) -> Result<()> {
-        self.launch()?;
-        self.wait_until_ready()
+        let began = Instant::now();
+        loop {
+            self.launch()?;
+            let ready = self.wait_until_ready();
+            let ports_in_use = self.log().contains("Address already in use");
+            if ready.is_ok() || !ports_in_use || began.elapsed() > PATIENCE {
+                return ready;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
     }
 
     /// Changes its configuration file: `more` is laid over it at the next start.

@@ -82,24 +82,26 @@ impl Image {
 
     /// The configuration of a `nydusd` that reads it by `route`.
     fn configuration(&self, route: &Route, cache: &Path) -> Value {
-        let mut dragonfly = json!({"X-Dragonfly-Registry": self.origin()});
-        let mirror = match route {
-            Route::Direct => json!(null),
-            Route::Dragonfly(url) => {
-                dragonfly["X-Dragonfly-Scheduling-Policy"] = json!("always");
-                json!({"host": url, "headers": dragonfly})
-            }
-            Route::DragonflyAsIs(url) => json!({"host": url, "headers": dragonfly}),
-            Route::Mirror(url) => json!({"host": url}),
-        };
+        let ping = format!("http://127.0.0.1:{HEALTH_PORT}/healthy");
+        let mut endpoints = Vec::new();
         let mut mirrors = Vec::new();
-        if let Value::Object(mut mirror) = mirror {
-            if !matches!(route, Route::Mirror(_)) {
-                let ping = format!("http://127.0.0.1:{HEALTH_PORT}/healthy");
-                mirror.insert("ping_url".to_owned(), json!(ping));
+        match route {
+            Route::Direct => {}
+            Route::Dragonfly(url) => {
+                endpoints.push(json!({"url": url, "ping_url": ping, "check_interval": 1}));
             }
-            mirror.insert("health_check_interval".to_owned(), json!(1));
-            mirrors.push(mirror);
+            Route::DragonflyAndSeed(url, seed) => {
+                endpoints.push(json!({"url": url, "ping_url": ping, "check_interval": 1}));
+                endpoints.push(json!({"url": seed, "seed": true, "tasks": "window"}));
+            }
+            Route::Seed(url) => endpoints.push(json!({"url": url, "seed": true})),
+            Route::DragonflyAsIs(url) => mirrors.push(json!({
+                "host": url,
+                "headers": {"X-Dragonfly-Registry": self.origin()},
+                "ping_url": ping,
+                "health_check_interval": 1,
+            })),
+            Route::Mirror(url) => mirrors.push(json!({"host": url})),
         }
         json!({
             "version": 2,
@@ -110,6 +112,7 @@ impl Image {
                 "repo": self.repository,
                 "mirrors": mirrors,
             }},
+            "p2p": {"fallback": "always", "endpoint": endpoints},
             "cache": {"type": "filecache", "filecache": {"work_dir": cache}},
             "rafs": {"mode": "direct"},
         })
@@ -123,6 +126,10 @@ pub enum Route {
     Direct,
     /// Through an agent at this URL, asked so that ranges travel from peer to peer.
     Dragonfly(String),
+    /// The same, and where that fails, through a seed at the other URL.
+    DragonflyAndSeed(String, String),
+    /// Through a seed at this URL.
+    Seed(String),
     /// Through an agent at this URL, asked as any client of a mirror would.
     DragonflyAsIs(String),
     /// Through a mirror that is no agent, at this URL.
@@ -134,6 +141,13 @@ impl Route {
     #[must_use]
     pub fn dragonfly() -> Self {
         Self::Dragonfly(format!("http://127.0.0.1:{PROXY_PORT}"))
+    }
+
+    /// The same, and where that fails, through the seed on this machine.
+    #[must_use]
+    pub fn dragonfly_and_seed(seed: &Machine) -> Self {
+        let seed = format!("http://{}:{PROXY_PORT}", seed.address());
+        Self::DragonflyAndSeed(format!("http://127.0.0.1:{PROXY_PORT}"), seed)
     }
 
     /// Through the node's own agent, asked as any client of a mirror would.
