@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args as ClapArgs;
+use storage::backend::registry::Tasks;
 use storage::oci::bootstrap::find_nydus_manifests;
 use storage::oci::registry::Registry;
 use storage::oci::{Access, ImageRef, Images, Platform};
@@ -117,6 +118,17 @@ pub struct Options {
     #[arg(long, help_heading = "Preheat")]
     whole: bool,
 
+    /// What daemons share as one thing: `window`, as they do unless their configuration
+    /// has `tasks = "blob"` or `seed = true` in section `p2p`; or `blob`
+    #[arg(
+        long,
+        value_name = "unit",
+        default_value = "window",
+        value_parser = ["window", "blob"],
+        help_heading = "Preheat"
+    )]
+    tasks: String,
+
     /// Longest time that a seed may be silent, in seconds
     #[arg(
         long,
@@ -173,6 +185,13 @@ impl Options {
     #[must_use]
     pub fn are_given(&self) -> bool {
         !self.seed.is_empty() || self.manager.is_some()
+    }
+
+    fn tasks(&self) -> Tasks {
+        match self.tasks.as_str() {
+            "blob" => Tasks::Blobs,
+            _ => Tasks::default(),
+        }
     }
 
     /// Refuses what cannot work, before anything is done.
@@ -292,7 +311,8 @@ async fn through_seeds(
     targets: &[Target],
     options: &Options,
 ) -> anyhow::Result<Vec<Warmed>> {
-    let client = Client::new(registry.clone(), Duration::from_secs(options.seed_timeout))?;
+    let timeout = Duration::from_secs(options.seed_timeout);
+    let client = Client::new(registry.clone(), timeout, options.tasks())?;
     let copies = options.replicas.min(options.seed.len());
     let bytes: u64 = targets.iter().map(Target::bytes).sum();
     let progress = Progress::new(bytes.saturating_mul(copies as u64));

@@ -101,7 +101,21 @@ impl Stage {
         );
         let range = format!("Range: bytes={start}-{}", end - 1);
         let path = format!("/v2/{}/blobs/{digest}", self.repository);
-        let headers = [&registry, &range, "X-Dragonfly-Scheduling-Policy: always"];
+        // As daemons do: each piece is a task of its own.
+        let (hex, piece) = (
+            digest.strip_prefix("sha256:").unwrap(),
+            start / PIECE * PIECE,
+        );
+        let task = format!(
+            "X-Dragonfly-Content-For-Calculating-Task-ID: nydus {hex} {piece}-{}",
+            piece + PIECE
+        );
+        let headers = [
+            &registry,
+            &range,
+            &task,
+            "X-Dragonfly-Scheduling-Policy: always",
+        ];
         let answer = self.cluster.nodes[0].agent.get(&path, &headers).unwrap();
         assert_eq!(
             (answer.status, answer.length),

@@ -55,12 +55,20 @@ pub(super) fn total(ranges: &[Range<u64>]) -> u64 {
 }
 
 /// A run of whole pieces as the requests that are made for it.
-pub(super) fn windows(run: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> {
+///
+/// * `task`: the part of the blob around a position that is a task of its own, if it is
+///   not all of it; no request goes beyond it.
+pub(super) fn windows(
+    run: Range<u64>,
+    size: u64,
+    task: impl Fn(u64) -> Option<Range<u64>>,
+) -> impl Iterator<Item = Range<u64>> {
     let window = WINDOW.max(piece_length(size));
     let mut at = run.start;
     std::iter::from_fn(move || {
         let start = at;
-        at = run.end.min(start.saturating_add(window));
+        let end = task(start).map_or(u64::MAX, |task| task.end);
+        at = run.end.min(start.saturating_add(window)).min(end);
         (start < run.end).then_some(start..at)
     })
 }
@@ -109,7 +117,7 @@ mod tests {
 
     #[test]
     fn windows_cover_a_run_once() {
-        let windows = |run, size| windows(run, size).collect::<Vec<_>>();
+        let windows = |run, size| windows(run, size, |_| None).collect::<Vec<_>>();
         assert_eq!(windows(0..3, 3), [0..3]);
         assert_eq!(windows(5..5, 100), []);
         let cut = windows(4 * MIB..40 * MIB, 40 * MIB);
@@ -118,5 +126,11 @@ mod tests {
             [4 * MIB..20 * MIB, 20 * MIB..36 * MIB, 36 * MIB..40 * MIB]
         );
         assert_eq!(windows(0..128 * MIB, 40 << 30).len(), 2);
+        let task = |at| Some(at / (6 * MIB) * (6 * MIB)..at / (6 * MIB) * (6 * MIB) + 6 * MIB);
+        let cut: Vec<_> = super::windows(4 * MIB..13 * MIB, 13 * MIB, task).collect();
+        assert_eq!(
+            cut,
+            [4 * MIB..6 * MIB, 6 * MIB..12 * MIB, 12 * MIB..13 * MIB]
+        );
     }
 }

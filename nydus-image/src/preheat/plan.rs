@@ -39,6 +39,9 @@ pub(super) struct Wish {
 pub(super) struct Target {
     pub(super) digest: ContentDigest,
     pub(super) size: u64,
+    /// The length that the image gives for a blob of data, by which daemons divide it
+    /// into tasks; `None` for what is one task.
+    pub(super) stored: Option<u64>,
     /// In order, and whole pieces.
     pub(super) ranges: Vec<Range<u64>>,
     pub(super) proof: Proof,
@@ -68,8 +71,17 @@ impl Target {
         Self {
             digest,
             size,
+            stored: None,
             ranges: vec![all],
             proof: Proof::Digest,
+        }
+    }
+
+    /// All of a blob of data.
+    fn data(digest: ContentDigest, size: u64, info: &BlobInfo) -> Self {
+        Self {
+            stored: Some(info.compressed_size),
+            ..Self::whole(digest, size)
         }
     }
 
@@ -158,7 +170,7 @@ impl Plan {
             .context("its id is no SHA-256, so it is in no registry")?;
         let size = self.listed(&digest).unwrap_or(info.compressed_size);
         if self.whole {
-            return Ok(Some(Target::whole(digest, size)));
+            return Ok(Some(Target::data(digest, size, info)));
         }
         let spans = match self.spans(index) {
             Ok(spans) => spans,
@@ -167,7 +179,7 @@ impl Plan {
                     "blob {}: where its chunks are is not known ({error}); all of it is warmed",
                     info.id
                 );
-                return Ok(Some(Target::whole(digest, size)));
+                return Ok(Some(Target::data(digest, size, info)));
             }
         };
         let mut wanted: Vec<_> = spans.iter().map(|(stored, _)| stored.clone()).collect();
@@ -185,7 +197,7 @@ impl Plan {
             return Ok(None);
         }
         if total(&ranges) > size / 2 {
-            return Ok(Some(Target::whole(digest, size)));
+            return Ok(Some(Target::data(digest, size, info)));
         }
         let proof = Proof::Chunks(Parts {
             image: Arc::clone(&self.image),
@@ -195,6 +207,7 @@ impl Plan {
         Ok(Some(Target {
             digest,
             size,
+            stored: Some(info.compressed_size),
             ranges,
             proof,
         }))

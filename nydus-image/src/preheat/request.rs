@@ -12,11 +12,16 @@ use std::time::Duration;
 use anyhow::Context as _;
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, RANGE};
 use reqwest::redirect::Policy;
+use storage::BlobId;
+use storage::backend::registry::Tasks;
 use storage::oci::ContentDigest;
 use storage::oci::registry::{Registry, client_builder};
 
 use super::answer::{Again, Fault, accept};
+use super::plan::Target;
 use super::seeds::Seed;
+
+const TASK_ID: &str = "X-Dragonfly-Content-For-Calculating-Task-ID";
 
 /// How often a range is asked for.
 const ATTEMPTS: u32 = 4;
@@ -30,6 +35,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 pub(super) struct Client {
     http: reqwest::Client,
     registry: Registry,
+    tasks: Tasks,
 }
 
 /// A range that a seed did not deliver.
@@ -49,7 +55,8 @@ pub(super) struct Failed {
 
 impl Client {
     /// * `timeout`: longest wait for an answer, and between parts of it.
-    pub(super) fn new(registry: Registry, timeout: Duration) -> anyhow::Result<Self> {
+    /// * `tasks`: as the daemons that are to find it have them.
+    pub(super) fn new(registry: Registry, timeout: Duration, tasks: Tasks) -> anyhow::Result<Self> {
         let http = client_builder()
             .connect_timeout(CONNECT)
             .read_timeout(timeout)
@@ -58,20 +65,29 @@ impl Client {
             .redirect(Policy::none())
             .build()
             .context("cannot set up the HTTP client for seeds")?;
-        Ok(Self { http, registry })
+        Ok(Self {
+            http,
+            registry,
+            tasks,
+        })
     }
 
-    /// The bytes `range` of a blob of `size` bytes.
+    /// The part of a blob around `at` that is a task of its own.
+    pub(super) fn task(&self, target: &Target, at: u64) -> Option<Range<u64>> {
+        self.tasks.window(target.stored, at)
+    }
+
+    /// The bytes `range` of a blob, which lie in one task.
     pub(super) async fn fetch(
         &self,
         seed: &Seed,
-        (digest, size): (&ContentDigest, u64),
+        target: &Target,
         range: &Range<u64>,
     ) -> Result<Vec<u8>, Failed> {
         let mut renew = false;
         let mut attempts = 1;
         loop {
-            let fault = match self.attempt(seed, (digest, size), range, renew).await {
+            let fault = match self.attempt(seed, target, range, renew).await {
                 Ok(bytes) => return Ok(bytes),
                 Err(fault) => fault,
             };
@@ -81,12 +97,13 @@ impl Client {
             if attempts >= ATTEMPTS || again == Again::Never || useless {
                 return Err(Failed {
                     seed: seed.clone(),
-                    digest: digest.clone(),
+                    digest: target.digest.clone(),
                     range: range.clone(),
                     attempts,
                     fault,
                 });
             }
+            let digest = &target.digest;
             tracing::debug!("seed {seed}: blob {digest}, {range:?}: {fault}; trying again");
             renew = again == Again::WithNewToken;
             if let Again::After(seconds) = again {
@@ -100,10 +117,11 @@ impl Client {
     async fn attempt(
         &self,
         seed: &Seed,
-        (digest, size): (&ContentDigest, u64),
+        target: &Target,
         range: &Range<u64>,
         renew: bool,
     ) -> Result<Vec<u8>, Fault> {
+        let digest = &target.digest;
         let login = self.registry.authorization(renew).await;
         let repository = &self.registry.name().repository;
         let mut request = self
@@ -118,11 +136,16 @@ impl Client {
             .header("X-Dragonfly-Scheduling-Policy", "always")
             // Only what is asked for.
             .header("X-Dragonfly-Prefetch", "false");
+        if let Some(window) = self.task(target, range.start) {
+            let blob = BlobId::new(digest.hex());
+            let blob = blob.map_err(|error| Fault::Damaged(error.to_string()))?;
+            request = request.header(TASK_ID, Tasks::content(&blob, &window));
+        }
         if let Some(value) = login.map_err(Fault::Login)? {
             request = request.header(AUTHORIZATION, value);
         }
         let answer = request.send().await.map_err(broken)?;
-        accept(answer.status(), answer.headers(), range, size)?;
+        accept(answer.status(), answer.headers(), range, target.size)?;
         body(answer, range.end - range.start).await
     }
 }

@@ -63,9 +63,9 @@ async fn one(
     let mut check = Check::new(target);
     let mut requests = 0;
     let runs = target.ranges.iter().cloned();
-    for window in runs.flat_map(|run| windows(run, target.size)) {
-        let blob = (&target.digest, target.size);
-        let bytes = client.fetch(seed, blob, &window).await?;
+    let task = |at| client.task(target, at);
+    for window in runs.flat_map(|run| windows(run, target.size, task)) {
+        let bytes = client.fetch(seed, target, &window).await?;
         requests += 1;
         progress.add(window.end - window.start);
         check = take(check, window.start, bytes)

@@ -24,14 +24,15 @@ use crate::sync::{AtomicI64, Ordering};
 
 /// Bytes that readers may fetch from the registry beside what an agent of Dragonfly is
 /// fetching for them: at first, and for each byte that agents delivered (one in so many).
-const DETOUR_ADVANCE: i64 = 1 << 20;
-const DETOUR_SHARE: u64 = 10;
+/// Each node of a large cluster does so, and the registry sends each of these bytes twice.
+const DETOUR_ADVANCE: i64 = 256 << 10;
+const DETOUR_SHARE: u64 = 50;
 
 /// How long a reader waits for a piece that may be new to an agent of Dragonfly.
 const NEW_PIECE: Duration = Duration::from_millis(150);
 
 /// Most of these bytes that may be saved up.
-const DETOUR_MOST: i64 = 8 << 20;
+const DETOUR_MOST: i64 = 2 << 20;
 
 /// The bytes that may be fetched twice so that nobody waits for a slow agent.
 #[derive(Debug)]
@@ -461,9 +462,9 @@ mod tests {
     #[test]
     fn what_is_fetched_twice_is_a_small_part() {
         let allowance = Allowance::default();
-        assert!(allowance.spend(1 << 20), "the advance");
+        assert!(allowance.spend(256 << 10), "the advance");
         assert!(!allowance.spend(1));
-        allowance.earn(10 << 20);
+        allowance.earn(50 << 20);
         assert!(allowance.spend(1 << 19) && allowance.spend(1 << 19));
         assert!(!allowance.spend(1));
         (0..1000).for_each(|_| allowance.earn(1 << 30));
