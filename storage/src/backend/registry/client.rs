@@ -2,7 +2,6 @@
 //! the registry itself, where that is allowed; and then, if it does not answer, mirrors
 //! that are left alone.
 
-use std::future::Future;
 use std::time::Duration;
 
 use reqwest::Method;
@@ -186,16 +185,14 @@ impl Source for Client {
         self.detour.is_open_to(route.manner.priority) && self.allowance.spend(len)
     }
 
-    fn hopeless(&self, route: &Route) -> impl Future<Output = ()> + Send {
-        async move {
-            loop {
-                // Before the look: what changes between the two is not missed.
-                let changed = self.changed.notified();
-                match self.mirrors.get(route.asked()) {
-                    Some(mirror) if !mirror.is_well() => return,
-                    Some(_) => changed.await,
-                    None => std::future::pending().await,
-                }
+    async fn hopeless(&self, route: &Route) {
+        loop {
+            // Before the look: what changes between the two is not missed.
+            let changed = self.changed.notified();
+            match self.mirrors.get(route.asked()) {
+                Some(mirror) if !mirror.is_well() => return,
+                Some(_) => changed.await,
+                None => std::future::pending().await,
             }
         }
     }

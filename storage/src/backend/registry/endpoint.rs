@@ -231,7 +231,7 @@ impl Endpoint {
         let digest = Digest::of(Digester::Sha256, text.as_bytes());
         let first = digest.as_bytes().first_chunk::<8>().copied();
         // Never 0: what has no rank of its own keeps its place.
-        u64::from_be_bytes(first.unwrap_or_default()) | 1
+        u64::from_le_bytes(first.unwrap_or_default()) | 1
     }
 
     /// Headers for a request to the server itself.

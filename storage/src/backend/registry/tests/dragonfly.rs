@@ -149,7 +149,7 @@ fn whose_error_it_is_counts_and_not_its_status() {
 #[test]
 fn windows_of_a_blob_are_tasks_of_their_own() {
     let piece = usize::try_from(PIECE).unwrap();
-    let long: Vec<u8> = (0..3 * piece).map(|i| i.to_le_bytes()[1]).collect();
+    let long: Vec<u8> = (0..3 * PIECE).map(|i| i.to_le_bytes()[1]).collect();
     let (sent, expected) = (long.clone(), long);
     let server = Server::new(move |request, _| Reply::range(request, &sent));
     let origin = good();
