@@ -8,7 +8,7 @@
 //! kernel ties those to is held here, too, and handed to the next daemon.
 //!
 //! Which of both an image gets is said by the configuration when it is mounted, and stays
-//! so until nobody uses it ([`Place`]): containers keep their root when the configuration
+//! so until nobody uses it (`Place`): containers keep their root when the configuration
 //! changes.
 //!
 //! Promises: one image is served by at most one daemon, however many ask for it at once;
@@ -234,7 +234,7 @@ impl Daemons {
                 self.retire();
             }
         } else {
-            self.restore();
+            self.restore_later();
         }
         self.complete.store(true, Ordering::Release);
         for (daemon, files) in std::mem::take(&mut *lock(&self.inherited)) {

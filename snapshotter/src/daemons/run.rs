@@ -92,9 +92,10 @@ impl Daemons {
                     service.name,
                     process.pid()
                 );
+                // First: when it has left everything, its successor must have these, too.
+                self.settings.learn(service.id, &process);
                 // We may have been away, and have nothing, or not the latest.
                 process.signal_group(holder::AGAIN);
-                self.settings.learn(service.id, &process);
                 return Ok(Arc::new(process));
             }
             process.end(STOP);

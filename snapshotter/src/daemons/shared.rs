@@ -138,12 +138,8 @@ impl Daemons {
         let service = self.current(Service::all(&[], self.settings.layout()));
         slot.wanted = Some(service.clone());
         self.bring_up(&mut slot, &service)?;
-        // In a thread of its own: whoever calls this has a member locked.
-        let daemons = Arc::clone(self);
-        let restore = thread::Builder::new().name("restore".to_owned());
-        if let Err(error) = restore.spawn(move || daemons.restore()) {
-            tracing::error!("images of the daemon before are not mounted again: {error}");
-        }
+        // Not here: whoever calls this has a member locked.
+        self.restore_later();
         Ok(())
     }
 
@@ -252,6 +248,15 @@ impl Daemons {
         while !self.is_restored() {
             thread::sleep(pause);
             pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    /// The same in a thread of its own.
+    pub(super) fn restore_later(self: &Arc<Self>) {
+        let daemons = Arc::clone(self);
+        let restore = thread::Builder::new().name("restore".to_owned());
+        if let Err(error) = restore.spawn(move || daemons.restore()) {
+            tracing::error!("images of the daemon before are not mounted again: {error}");
         }
     }
 
