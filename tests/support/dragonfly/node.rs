@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::agent::{Agent, HEALTH_PORT, PROXY_PORT};
+use crate::api::ask;
 use crate::binaries::{nydus_image, nydusd};
 use crate::command::succeed;
 use crate::mount::Nydusd;
@@ -231,10 +232,17 @@ impl Mounted {
         self.daemon.process().log()
     }
 
-    /// The control socket of the daemon.
-    #[must_use]
-    pub fn socket(&self) -> PathBuf {
-        self.directory.join("api.sock")
+    /// One of the daemon's counters, by its name for Prometheus without what all have in
+    /// common; 0 if it does not count that.
+    ///
+    /// # Errors
+    /// The daemon does not answer.
+    pub fn count(&self, name: &str) -> Result<u64> {
+        let answer = ask(&self.directory.join("api.sock"), "GET", "/metrics", "")?;
+        let name = format!("nydusd_{name}{{");
+        let line = answer.body.lines().find(|line| line.starts_with(&name));
+        let value = line.and_then(|line| line.rsplit(' ').next());
+        Ok(value.unwrap_or("0").parse()?)
     }
 
     /// Unmounts it, and deletes its cache.
