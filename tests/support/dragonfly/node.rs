@@ -96,11 +96,10 @@ impl Image {
                 endpoints.push(json!({"url": seed, "seed": true, "tasks": "window"}));
             }
             Route::Seed(url) => endpoints.push(json!({"url": url, "seed": true})),
-            Route::DragonflyAsIs(url) => mirrors.push(json!({
-                "host": url,
-                "headers": {"X-Dragonfly-Registry": self.origin()},
-                "ping_url": ping,
-                "health_check_interval": 1,
+            // A mirror with such headers would be taken for what it is.
+            Route::DragonflyAsIs(url) => endpoints.push(json!({
+                "url": url, "kind": "generic", "upstream": "header",
+                "ping_url": ping, "check_interval": 1,
             })),
             Route::Mirror(url) => mirrors.push(json!({"host": url})),
         }
