@@ -81,6 +81,13 @@ fn start(node: &Node, image: &Image, route: &Route) -> Duration {
     let mounted = node.client.mount(image, route).unwrap();
     compare_all(&image.source, mounted.point());
     let took = began.elapsed();
+    let count = |name| mounted.count(name).unwrap();
+    say(format_args!(
+        "  {} hedges, {} requests to agents, {} past them",
+        count("backend_hedges_total"),
+        count("backend_mirror_requests_total"),
+        count("backend_fallbacks_total"),
+    ));
     mounted.stop().unwrap();
     took
 }

@@ -288,7 +288,8 @@ fn configuration(address: Ipv4Addr, directory: &Path) -> Value {
         "scheduler": {
             "algorithm": "default",
             "backToSourceCount": 200,
-            "retryBackToSourceLimit": 2, "retryLimit": 5, "retryInterval": "200ms",
+            // Two seconds: a busy seed needs a moment until it is known to have begun.
+            "retryBackToSourceLimit": 10, "retryLimit": 15, "retryInterval": "200ms",
         },
         "dynConfig": {"refreshInterval": "10s"},
         "seedPeer": {"taskDownloadTimeout": "10h"},

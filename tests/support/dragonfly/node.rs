@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::agent::{Agent, HEALTH_PORT, PROXY_PORT};
+use crate::api::ask;
 use crate::binaries::{nydus_image, nydusd};
 use crate::command::succeed;
 use crate::mount::Nydusd;
@@ -95,11 +96,10 @@ impl Image {
                 endpoints.push(json!({"url": seed, "seed": true, "tasks": "window"}));
             }
             Route::Seed(url) => endpoints.push(json!({"url": url, "seed": true})),
-            Route::DragonflyAsIs(url) => mirrors.push(json!({
-                "host": url,
-                "headers": {"X-Dragonfly-Registry": self.origin()},
-                "ping_url": ping,
-                "health_check_interval": 1,
+            // A mirror with such headers would be taken for what it is.
+            Route::DragonflyAsIs(url) => endpoints.push(json!({
+                "url": url, "kind": "generic", "upstream": "header",
+                "ping_url": ping, "check_interval": 1,
             })),
             Route::Mirror(url) => mirrors.push(json!({"host": url})),
         }
@@ -231,10 +231,17 @@ impl Mounted {
         self.daemon.process().log()
     }
 
-    /// The control socket of the daemon.
-    #[must_use]
-    pub fn socket(&self) -> PathBuf {
-        self.directory.join("api.sock")
+    /// One of the daemon's counters, by its name for Prometheus without what all have in
+    /// common; 0 if it does not count that.
+    ///
+    /// # Errors
+    /// The daemon does not answer.
+    pub fn count(&self, name: &str) -> Result<u64> {
+        let answer = ask(&self.directory.join("api.sock"), "GET", "/metrics", "")?;
+        let name = format!("nydusd_{name}{{");
+        let line = answer.body.lines().find(|line| line.starts_with(&name));
+        let value = line.and_then(|line| line.rsplit(' ').next());
+        Ok(value.unwrap_or("0").parse()?)
     }
 
     /// Unmounts it, and deletes its cache.
