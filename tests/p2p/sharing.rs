@@ -13,9 +13,9 @@ use crate::alone;
 use crate::content::{Tree, compare, say};
 
 /// What the origin can send.
-const MBIT: u32 = 50;
-/// Files that are read, of 512 KiB each: a third of the image.
-const FILES: usize = 24;
+const MBIT: u32 = 100;
+/// Files of 512 KiB each. All are read: nodes differ in what they read ahead of a part.
+const FILES: usize = 96;
 const SIZE: usize = 512 << 10;
 
 /// What reading on some nodes cost.
@@ -44,7 +44,7 @@ impl Stage {
     fn image(&mut self) -> Image {
         self.images += 1;
         let name = format!("image-{}", self.images);
-        let tree = Tree::new(self.cluster.path(&name), FILES * 3, SIZE, self.images);
+        let tree = Tree::new(self.cluster.path(&name), FILES, SIZE, self.images);
         self.cluster.publish(&name, &tree.root, &[]).unwrap()
     }
 

@@ -175,6 +175,16 @@ impl Source for Client {
         }
     }
 
+    /// Is it only slow, or dead? What waits for it goes on at once if it is.
+    fn doubt(&self, blob: &BlobId, route: &Route) {
+        let agent = self.mirrors.get(route.asked());
+        if let Some(agent) = agent.filter(|agent| agent.is_dragonfly())
+            && let (Some(health), Some(probe)) = (&agent.health, agent.probe(blob))
+        {
+            health.doubt(probe);
+        }
+    }
+
     /// Beside an agent of Dragonfly it is bytes that count: a piece that takes long costs
     /// the registry 4 MiB already.
     fn may_hedge(&self, route: &Route, len: u64) -> bool {
@@ -208,7 +218,6 @@ impl Source for Client {
             return false;
         };
         if mirror.is_dragonfly() {
-            health.doubt(probe);
             return true;
         }
         health.failed(Offence::Failure, probe, "another source was faster");

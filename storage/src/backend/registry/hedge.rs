@@ -317,6 +317,7 @@ pub(super) async fn attempt<S: Source>(
             },
             () = tokio::time::sleep_until(silent_since + limit), if !hedged => {
                 hedged = true;
+                source.doubt(blob, &route);
                 if source.may_hedge(&route, end - *at) {
                     rival = Some(asks("it takes long"));
                 }

@@ -66,6 +66,9 @@ pub(in crate::backend) trait Source: Send + Sync + 'static {
         self.latency().patience(hedge::UNKNOWN)
     }
 
+    /// The server on this route takes longer than usual.
+    fn doubt(&self, _blob: &BlobId, _route: &Route) {}
+
     /// Whether a second request may be made for `len` bytes that did not come in time on
     /// this route; it is counted then.
     fn may_hedge(&self, _route: &Route, _len: u64) -> bool {
