@@ -30,6 +30,10 @@ const DETOUR_SHARE: u64 = 50;
 /// How long a reader waits for a piece that may be new to an agent of Dragonfly.
 const NEW_PIECE: Duration = Duration::from_millis(150);
 
+/// After this time a piece does not come because something is broken, and not because it is
+/// new: whatever it costs, the registry is asked.
+const LOST_PIECE: Duration = Duration::from_secs(5);
+
 /// Most of these bytes that may be saved up.
 const DETOUR_MOST: i64 = 2 << 20;
 
@@ -173,6 +177,13 @@ impl Source for Client {
             }
             _ => self.latency.patience(UNKNOWN),
         }
+    }
+
+    /// An agent that is well may wait for another one that is not.
+    fn last_patience(&self, route: &Route) -> Option<Duration> {
+        let agent = self.mirrors.get(route.asked())?;
+        let open = agent.is_dragonfly() && self.detour.is_open_to(route.manner.priority);
+        open.then_some(LOST_PIECE)
     }
 
     /// Is it only slow, or dead? What waits for it goes on at once if it is.

@@ -262,12 +262,14 @@ pub(super) async fn attempt<S: Source>(
     let mut rival: Option<Lane> = None;
     let mut silent_since = lane.began;
     let mut hedged = false;
+    // Set once it was too early for a second request.
+    let mut at_last = None;
     let patience = source.patience();
     loop {
-        let limit = if *at == start {
-            patience
-        } else {
-            patience.max(STALL)
+        let limit = match at_last {
+            Some(limit) => limit,
+            None if *at == start => patience,
+            None => patience.max(STALL),
         };
         let alone = rival.is_none();
         let rival_next = async {
@@ -316,10 +318,13 @@ pub(super) async fn attempt<S: Source>(
                 _ => continue,
             },
             () = tokio::time::sleep_until(silent_since + limit), if !hedged => {
-                hedged = true;
                 source.doubt(blob, &route);
-                if source.may_hedge(&route, end - *at) {
+                if at_last.is_some() || source.may_hedge(&route, end - *at) {
+                    hedged = true;
                     rival = Some(asks("it takes long"));
+                } else {
+                    at_last = source.last_patience(&route);
+                    hedged = at_last.is_none();
                 }
                 continue;
             }

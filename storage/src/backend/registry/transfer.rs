@@ -66,6 +66,12 @@ pub(in crate::backend) trait Source: Send + Sync + 'static {
         self.latency().patience(hedge::UNKNOWN)
     }
 
+    /// How long a reader waits at most who may not make a second request; `None` for as
+    /// long as a request may take.
+    fn last_patience(&self, _route: &Route) -> Option<Duration> {
+        None
+    }
+
     /// The server on this route takes longer than usual.
     fn doubt(&self, _blob: &BlobId, _route: &Route) {}
 
