@@ -34,6 +34,9 @@ const NEW_PIECE: Duration = Duration::from_millis(150);
 /// new: whatever it costs, the registry is asked.
 const LOST_PIECE: Duration = Duration::from_secs(5);
 
+/// A request that takes this long makes its agent suspicious.
+const DOUBTFUL: Duration = Duration::from_secs(1);
+
 /// Most of these bytes that may be saved up.
 const DETOUR_MOST: i64 = 2 << 20;
 
@@ -323,6 +326,25 @@ impl Client {
         Ok(())
     }
 
+    /// Waits until an agent is left alone, after having had somebody look at it: who waits
+    /// for what nobody was in a hurry to fetch would wait as long as that may take.
+    async fn death_of(&self, mirror: &Endpoint, blob: &BlobId) {
+        if !mirror.is_dragonfly() || !mirror.is_well() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(DOUBTFUL).await;
+        if let (Some(health), Some(probe)) = (&mirror.health, mirror.probe(blob)) {
+            health.doubt(probe);
+        }
+        loop {
+            let changed = self.changed.notified();
+            if !mirror.is_well() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// Asks for a range that does not go beyond what agents share as one thing.
     async fn ask_for_window(
         &self,
@@ -340,7 +362,15 @@ impl Client {
         add(&self.metrics.mirror_requests, 1);
         let start = *at;
         let asked = (start..end, route.manner);
-        let result = self.attempt_at(mirror, blob, at, asked, out).await;
+        let result = tokio::select! {
+            biased;
+            result = self.attempt_at(mirror, blob, at, asked, out) => result,
+            () = self.death_of(mirror, blob) => {
+                let source = "meanwhile it was found to be dead".into();
+                let (url, action) = (self.name(blob), "waiting for a mirror");
+                Err(Failure::later(BackendError::Transport { url, action, source }))
+            }
+        };
         let delivered = *at - start;
         add(&self.metrics.mirror_bytes, delivered);
         if mirror.is_dragonfly() {
