@@ -32,7 +32,7 @@ const NEW_PIECE: Duration = Duration::from_millis(150);
 
 /// After this time a piece does not come because something is broken, and not because it is
 /// new: whatever it costs, the registry is asked.
-const LOST_PIECE: Duration = Duration::from_secs(5);
+pub(super) const LOST_PIECE: Duration = Duration::from_secs(5);
 
 /// A request that takes this long makes its agent suspicious.
 const DOUBTFUL: Duration = Duration::from_secs(1);
@@ -428,7 +428,7 @@ impl Client {
             // Nothing is wrong with the agent.
             AgentFault::Registry | AgentFault::Forbidden => None,
             AgentFault::NoSpace => Some(Offence::Lasting),
-            AgentFault::Agent | AgentFault::Refused => Some(Offence::Failure),
+            AgentFault::Agent | AgentFault::Refused | AgentFault::Slow => Some(Offence::Failure),
         }
     }
 

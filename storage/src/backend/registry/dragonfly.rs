@@ -213,6 +213,9 @@ pub enum AgentFault {
     /// Its disk is full.
     #[error("Dragonfly's agent has no disk space")]
     NoSpace,
+    /// It takes longer than anybody can wait.
+    #[error("Dragonfly's agent takes too long")]
+    Slow,
     /// Something else went wrong in the agent.
     #[error("failure of Dragonfly's agent")]
     Agent,
@@ -231,6 +234,15 @@ pub(super) fn fault(answer: &Response) -> Option<AgentFault> {
         (b"backend", _) => AgentFault::Registry,
         (_, StatusCode::INSUFFICIENT_STORAGE) => AgentFault::NoSpace,
         _ => AgentFault::Agent,
+    })
+}
+
+/// The failure of an attempt that took too long.
+pub(super) fn too_slow(url: &Url) -> Failure {
+    Failure::later(BackendError::Agent {
+        url: public_name(url),
+        status: StatusCode::GATEWAY_TIMEOUT.as_u16(),
+        fault: AgentFault::Slow,
     })
 }
 

@@ -12,6 +12,7 @@ use url::Url;
 
 use super::answer::sanitise;
 use super::auth::{Authenticator, Credentials};
+use super::client::LOST_PIECE;
 use super::config::{Mirror, RegistryConfig, Scheme, Timeouts, Upstream};
 use super::distrust::Distrust;
 use super::dragonfly::{Dragonfly, PIECE, WholeBlob};
@@ -208,6 +209,16 @@ impl Endpoint {
     /// Whether nothing bad is known about it.
     pub(super) fn is_well(&self) -> bool {
         self.health.as_ref().is_none_or(|health| health.is_well())
+    }
+
+    /// How long to wait for the headers of an answer. A reader is helped otherwise, but one
+    /// who waits for what was a guess waits as long as that takes.
+    pub(super) fn patience_for(&self, manner: Manner) -> Duration {
+        let guess = manner.priority == Priority::Speculation && self.is_dragonfly();
+        match guess {
+            true => self.patience.min(LOST_PIECE),
+            false => self.patience,
+        }
     }
 
     /// Whether it is an agent of a Dragonfly network.

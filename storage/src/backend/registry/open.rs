@@ -5,6 +5,7 @@
 //! the store refuses it; then the registry is asked again, which costs no attempt.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE,
@@ -38,6 +39,8 @@ struct Asked<'a> {
     method: &'a Method,
     range: &'a Range<u64>,
     headers: HeaderMap,
+    /// Longest wait for the headers of the answer.
+    limit: Duration,
 }
 
 impl Client {
@@ -65,6 +68,7 @@ impl Client {
             method,
             range: &range,
             headers: endpoint.headers_for(blob, manner, range.start),
+            limit: endpoint.patience_for(manner),
         };
         let (url, answer) = self.open_at(endpoint, home.clone(), &asked).await?;
         if method == Method::GET && url != home {
@@ -85,6 +89,7 @@ impl Client {
             method: &Method::GET,
             range,
             headers: HeaderMap::new(),
+            limit: endpoint.patience,
         };
         let sent = self.send(endpoint, url, &asked, None, false).await;
         let answer = match sent {
@@ -119,6 +124,7 @@ impl Client {
             method: &Method::GET,
             range: &(0..1),
             headers: first.headers.clone(),
+            limit: first.patience,
         };
         match self.open_at(first, url, &asked).await {
             Ok((_, mut answer)) => {
@@ -209,10 +215,11 @@ impl Client {
         }
         // Ranges count the bytes of the blob, not of an encoding of it.
         let request = request.header(ACCEPT_ENCODING, "identity");
-        let limit = endpoint.patience;
-        match tokio::time::timeout(limit, request.send()).await {
+        match tokio::time::timeout(asked.limit, request.send()).await {
             Ok(result) => result.map_err(|error| transport(url, ACTION, error)),
-            Err(_elapsed) => Err(timed_out(url, ACTION, limit)),
+            // It may be well, and wait for others.
+            Err(_elapsed) if endpoint.is_dragonfly() => Err(dragonfly::too_slow(url)),
+            Err(_elapsed) => Err(timed_out(url, ACTION, asked.limit)),
         }
     }
 }
