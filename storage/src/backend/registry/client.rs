@@ -99,7 +99,7 @@ impl Source for Client {
         }
         let has_mirrors = !self.mirrors.is_empty();
         // There is nothing beyond it.
-        if !route.takes(self.mirrors.len()) {
+        if !route.takes_last(self.mirrors.len()) {
             return Err(Failure::never(BackendError::Stopped));
         }
         let allowed =

@@ -106,6 +106,13 @@ impl Route {
         takes
     }
 
+    /// Whether the last server may be asked, whose number is `number`: a second request
+    /// goes there, too, if there is nobody else.
+    pub(super) fn takes_last(&self, number: usize) -> bool {
+        self.asked.store(number, Ordering::Relaxed);
+        !self.abandoned.load(Ordering::Relaxed)
+    }
+
     /// The server that was asked last.
     pub(super) fn asked(&self) -> usize {
         self.asked.load(Ordering::Relaxed)
