@@ -315,7 +315,7 @@ impl Client {
     ) -> Result<(), Failure> {
         out.served_by().set_mirror(number);
         while *at < end {
-            let window = mirror.window(route.manner, *at);
+            let window = mirror.window(blob, route.manner, *at);
             let stop = window.map_or(end, |window| window.end.min(end));
             self.ask_for_window(mirror, blob, at, stop, (route, out))
                 .await?;

@@ -7,6 +7,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use url::Url;
+
+use super::answer::public_name;
 use super::auth::{CredentialProvider, Credentials};
 use super::dragonfly::Dragonfly;
 use super::fallback::Fallback;
@@ -135,6 +138,14 @@ impl Mirror {
 }
 
 impl Mirror {
+    /// The URL as it may be shown: that of a proxy may hold a password.
+    pub(super) fn shown_url(&self) -> String {
+        match Url::parse(&self.url) {
+            Ok(url) => public_name(&url),
+            Err(_) => "(no URL)".to_owned(),
+        }
+    }
+
     /// An agent of a Dragonfly network with default settings.
     ///
     /// * `upstream`: the registry that it stands for, as `https://host`.
@@ -153,7 +164,7 @@ impl Mirror {
 impl fmt::Debug for Mirror {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mirror")
-            .field("url", &self.url)
+            .field("url", &self.shown_url())
             .field("headers", &names(&self.headers))
             .field("ping_url", &self.ping_url)
             .field("health_check_interval", &self.health_check_interval)

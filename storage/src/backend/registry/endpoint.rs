@@ -2,7 +2,7 @@
 //!
 //! Each has its own headers, credentials, remembered redirects and habits.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -57,8 +57,8 @@ pub(super) struct Endpoint {
     pub(super) distrust: Distrust,
     pub(super) pieces: Pieces,
     dragonfly: Option<Dragonfly>,
-    /// Blobs that the agent is to fetch whole; those that it was told are no more in it.
-    whole: Mutex<HashSet<BlobId>>,
+    /// Blobs that the agent is to fetch whole, and whether it was told.
+    whole: Mutex<HashMap<BlobId, bool>>,
     /// The registry as a query, for mirrors that want it.
     upstream: Option<String>,
 }
@@ -226,10 +226,12 @@ impl Endpoint {
         self.dragonfly.is_some()
     }
 
-    /// The part of a blob that its agents share as one thing, if it is not all of it.
-    pub(super) fn window(&self, manner: Manner, at: u64) -> Option<Range<u64>> {
+    /// The part of a blob that its agents share as one thing, if it is not all of it. What
+    /// is fetched whole is one thing, also for those who ask for parts of it later.
+    pub(super) fn window(&self, blob: &BlobId, manner: Manner, at: u64) -> Option<Range<u64>> {
         let tasks = self.dragonfly.as_ref()?.tasks;
-        tasks.window(manner.blob_len, at)
+        let parted = !lock(&self.whole).contains_key(blob);
+        tasks.window(manner.blob_len, at).filter(|_| parted)
     }
 
     /// Where a seed peer comes among all, for a part of a blob: each has its own first
@@ -249,9 +251,8 @@ impl Endpoint {
     pub(super) fn headers_for(&self, blob: &BlobId, manner: Manner, at: u64) -> HeaderMap {
         let mut headers = self.headers.clone();
         if let Some(dragonfly) = &self.dragonfly {
-            let whole = lock(&self.whole).contains(blob);
-            // A window that is fetched whole would be a whole blob.
-            let window = self.window(manner, at).filter(|_| !whole);
+            let whole = lock(&self.whole).get(blob) == Some(&false);
+            let window = self.window(blob, manner, at);
             let more = dragonfly.headers(blob, manner.priority, whole, window.as_ref());
             add_missing(&mut headers, more);
         }
@@ -269,14 +270,14 @@ impl Endpoint {
             Some(WholeBlob::Never) | None => false,
         };
         if wanted {
-            lock(&self.whole).insert(blob.clone());
+            lock(&self.whole).entry(blob.clone()).or_insert(false);
         }
     }
 
     /// It delivered some of the blob.
     pub(super) fn delivered(&self, blob: &BlobId) {
-        if self.is_dragonfly() {
-            lock(&self.whole).remove(blob);
+        if let Some(told) = lock(&self.whole).get_mut(blob) {
+            *told = true;
         }
     }
 

@@ -114,7 +114,7 @@ impl Health {
     /// * `changed`: is told when it is left alone.
     pub(super) fn new(mirror: &Mirror, changed: &Arc<Notify>) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
-            name: mirror.url.clone(),
+            name: mirror.shown_url(),
             ping_url: mirror.ping_url.clone(),
             // Never a busy loop, never beyond what a clock can add.
             interval: mirror

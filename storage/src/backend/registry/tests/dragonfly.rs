@@ -178,6 +178,47 @@ fn windows_of_a_blob_are_tasks_of_their_own() {
 }
 
 #[test]
+fn a_blob_that_is_fetched_whole_is_one_task() {
+    for (when, asked_for) in [(WholeBlob::Profile, true), (WholeBlob::FirstRead, false)] {
+        let (origin, server) = (good(), good());
+        let mut settings = through(&origin, &server);
+        settings.mirrors[0].dragonfly.as_mut().unwrap().whole_blob = when;
+        let backend = RegistryBackend::new(settings).unwrap();
+        if asked_for {
+            backend.want_whole(&blob());
+        }
+        let request = Fetch {
+            blob: &blob(),
+            range: 0..10,
+            priority: Priority::Prefetch,
+            served_by: None,
+            direct: false,
+            blob_len: Some(3 * PIECE),
+        };
+        (0..3).for_each(|_| drop(fetch_to_vec(&backend, &request, 10).unwrap()));
+        let requests = server.requests();
+        let whole = requests.iter().map(|it| it.header("x-dragonfly-prefetch"));
+        let whole: Vec<_> = whole.map(Option::unwrap).collect();
+        assert_eq!(whole, ["true", "false", "false"], "{when:?}");
+        let task = "x-dragonfly-content-for-calculating-task-id";
+        assert!(
+            requests.iter().all(|it| it.header(task).is_none()),
+            "{when:?}"
+        );
+    }
+}
+
+#[test]
+fn the_password_of_a_proxy_is_not_shown() {
+    let mirror = Mirror::new("http://user:hunter2@proxy:3128");
+    let shown = format!("{mirror:?} {}", mirror.shown_url());
+    assert!(
+        shown.contains("proxy:3128") && !shown.contains(PASSWORD),
+        "{shown}"
+    );
+}
+
+#[test]
 fn seeds_take_turns_and_stand_in_for_each_other() {
     let part = |request: &super::server::Request, _| {
         let range = request.range();
