@@ -37,7 +37,9 @@ launch() {
   setsid "$@" >"$run/$name/log.txt" 2>&1 </dev/null &
   echo $! >"$run/$name/pid"
   until (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
-    running "$name" || fail "$name has ended: $(tail -n 3 "$run/$name/log.txt")"
+    # Not `running`: until it is executed, this is still the shell.
+    kill -0 "$(cat "$run/$name/pid")" 2>/dev/null ||
+      fail "$name has ended: $(tail -n 3 "$run/$name/log.txt")"
     [ $((waited += 1)) -lt 600 ] || fail "$name does not listen on $port after a minute"
     sleep 0.1
   done
@@ -79,7 +81,9 @@ stop() {
     kill "$process"
     waited=0
     while running "$name"; do
-      [ $((waited += 1)) -lt 100 ] || kill -KILL "$process" 2>/dev/null || true
+      waited=$((waited + 1))
+      [ $waited -ne 100 ] || kill -KILL "$process" || echo "$name ended by itself after all" >&2
+      [ $waited -lt 200 ] || fail "$name (process $process) does not end"
       sleep 0.1
     done
     echo "$name has ended"
